@@ -1,0 +1,136 @@
+//! Certificates shaped like those of the three RDS authorities: root, subordinate, leaf.
+
+use anyhow::Result;
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, PKCS_ECDSA_P384_SHA384, PKCS_RSA_SHA256, PKCS_RSA_SHA384, RsaKeySize,
+};
+use time::{Duration, OffsetDateTime};
+
+/// The keys of an RDS certificate authority; the comments give its name in the RDS console.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyType {
+    /// `rds-ca-rsa2048-g1`, the default; signs with SHA-256.
+    Rsa2048,
+    /// `rds-ca-rsa4096-g1`; signs with SHA-384.
+    Rsa4096,
+    /// `rds-ca-ecc384-g1`; signs with SHA-384.
+    Ecc384,
+}
+
+impl KeyType {
+    fn generate(self) -> Result<KeyPair> {
+        Ok(match self {
+            Self::Rsa2048 => KeyPair::generate_rsa_for(&PKCS_RSA_SHA256, RsaKeySize::_2048)?,
+            Self::Rsa4096 => KeyPair::generate_rsa_for(&PKCS_RSA_SHA384, RsaKeySize::_4096)?,
+            Self::Ecc384 => KeyPair::generate_for(&PKCS_ECDSA_P384_SHA384)?,
+        })
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Rsa2048 => "RSA2048",
+            Self::Rsa4096 => "RSA4096",
+            Self::Ecc384 => "ECC384",
+        }
+    }
+}
+
+/// A root and the subordinate under it, which signs the servers' certificates.
+pub struct Authority {
+    key_type: KeyType,
+    root: String,
+    subordinate: String,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+/// A server certificate with its key, all PEM.
+#[derive(Clone)]
+pub struct ServerCertificate {
+    /// The server's own certificate.
+    pub leaf: String,
+    /// The one that signed it; servers send it behind their own.
+    pub subordinate: String,
+    pub key: String,
+}
+
+impl Authority {
+    /// Makes a new authority with keys of its own. Two of them share names and nothing else.
+    pub fn new(key_type: KeyType) -> Result<Self> {
+        let root_key = key_type.generate()?;
+        let root = ca(
+            &format!("Amazon RDS ca-central-1 Root CA {} G1", key_type.name()),
+            36_500,
+        );
+        let root_certificate = root.self_signed(&root_key)?;
+
+        let key = key_type.generate()?;
+        let subordinate = ca(
+            &format!(
+                "Amazon RDS ca-central-1 Subordinate CA {} G1.A.3",
+                key_type.name()
+            ),
+            1_825,
+        );
+        let signed = subordinate.signed_by(&key, &Issuer::new(root, root_key))?;
+        Ok(Self {
+            key_type,
+            root: root_certificate.pem(),
+            subordinate: signed.pem(),
+            issuer: Issuer::new(subordinate, key),
+        })
+    }
+
+    /// The root certificate, as PEM: what `DB_CA_CERT` is to hold.
+    pub fn root(&self) -> &str {
+        &self.root
+    }
+
+    /// A server certificate for `name`, valid for a year, with what `change` makes of it.
+    pub fn issue(
+        &self,
+        name: &str,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> Result<ServerCertificate> {
+        let mut leaf = params(name, 365);
+        leaf.subject_alt_names = CertificateParams::new([name.to_owned()])?.subject_alt_names;
+        leaf.key_usages = vec![
+            KeyUsagePurpose::DigitalSignature,
+            KeyUsagePurpose::KeyEncipherment,
+        ];
+        leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        change(&mut leaf);
+        let key = self.key_type.generate()?;
+        Ok(ServerCertificate {
+            leaf: leaf.signed_by(&key, &self.issuer)?.pem(),
+            subordinate: self.subordinate.clone(),
+            key: key.serialize_pem(),
+        })
+    }
+}
+
+fn ca(name: &str, days: i64) -> CertificateParams {
+    let mut ca = params(name, days);
+    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    ca.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    ca
+}
+
+/// What the certificates of RDS have in common; valid from yesterday, in case a clock is slow.
+fn params(name: &str, days: i64) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    for (kind, value) in [
+        (DnType::CommonName, name),
+        (DnType::OrganizationalUnitName, "Amazon RDS"),
+        (DnType::OrganizationName, "Amazon Web Services, Inc."),
+        (DnType::LocalityName, "Seattle"),
+        (DnType::StateOrProvinceName, "Washington"),
+        (DnType::CountryName, "US"),
+    ] {
+        params.distinguished_name.push(kind, value);
+    }
+    params.not_before = OffsetDateTime::now_utc() - Duration::DAY;
+    params.not_after = OffsetDateTime::now_utc() + Duration::days(days);
+    params.use_authority_key_identifier_extension = true;
+    params
+}

@@ -1,0 +1,87 @@
+//! Starts the stand-in, runs a command with the variables that lead to it, and takes it away.
+
+use std::ffi::OsString;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, bail};
+use local_rds::{KeyType, LocalRds};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+const HELP: &str = "\
+A throwaway PostgreSQL that looks to a client like an Amazon RDS instance.
+
+local-rds [OPTIONS] [COMMAND [ARGS]]
+
+With a command: runs it with PG.*, DB_CA_CERT and libpq's own variables set, and exits as it does.
+Without: prints how to connect, and waits for Ctrl-C.
+
+  --force-ssl 0|1                      rds.force_ssl (1 from PostgreSQL 15 on)
+  --key-type rsa2048|rsa4096|ecc384    the keys of its certificate authority (rsa2048)
+";
+
+fn main() -> Result<ExitCode> {
+    let mut builder = LocalRds::builder();
+    let mut args = std::env::args_os().skip(1).peekable();
+    while let Some(option) = args.next_if(|arg| arg.to_string_lossy().starts_with("--")) {
+        let mut value = || args.next().and_then(|value| value.into_string().ok());
+        builder = match option.to_str() {
+            Some("--help") => {
+                print!("{HELP}");
+                return Ok(ExitCode::SUCCESS);
+            }
+            Some("--force-ssl") => match value().as_deref() {
+                Some("0") => builder.force_ssl(false),
+                Some("1") => builder.force_ssl(true),
+                _ => bail!("--force-ssl takes 0 or 1"),
+            },
+            Some("--key-type") => builder.key_type(match value().as_deref() {
+                Some("rsa2048") => KeyType::Rsa2048,
+                Some("rsa4096") => KeyType::Rsa4096,
+                Some("ecc384") => KeyType::Ecc384,
+                _ => bail!("--key-type takes rsa2048, rsa4096 or ecc384"),
+            }),
+            _ => bail!("no option {}; see --help", option.display()),
+        };
+    }
+    let command: Vec<OsString> = args.collect();
+
+    // From here on a signal is something to read, and not the end before the server's.
+    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    let rds = builder.start()?;
+    if signals.pending().next().is_some() {
+        return Ok(ExitCode::FAILURE);
+    }
+    let Some((program, args)) = command.split_first() else {
+        println!("PostgreSQL {} until Ctrl-C. To connect:\n", rds.version()?);
+        for (name, value) in rds.env() {
+            println!("  export {}='{value}'", name.replace("PG.", "PG__"));
+        }
+        println!();
+        for (name, value) in rds.libpq_env() {
+            println!("  export {name}='{value}'");
+        }
+        signals.forever().next();
+        return Ok(ExitCode::SUCCESS);
+    };
+
+    let mut command = Command::new(program);
+    command.args(args).envs(rds.env()).envs(rds.libpq_env());
+    let mut child = command
+        .spawn()
+        .with_context(|| format!("running {}", program.display()))?;
+    let pid = nix::unistd::Pid::from_raw(child.id().try_into()?);
+    // Ctrl-C reaches the command by itself, and what it does with it is for the command to say.
+    std::thread::spawn(move || {
+        for _ in signals.forever().filter(|signal| *signal == SIGTERM) {
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::SIGTERM);
+        }
+    });
+    let status = child.wait()?;
+    let code = status
+        .code()
+        .or(status.signal().map(|signal| 128 + signal))
+        .unwrap_or(1);
+    Ok(ExitCode::from(u8::try_from(code)?))
+}
