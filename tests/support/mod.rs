@@ -1,0 +1,120 @@
+//! The program as a process, and what holds for every run of it.
+#![allow(dead_code)] // Each file of tests uses its part.
+
+use std::ffi::{OsStr, OsString};
+use std::sync::LazyLock;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use local_rds::LocalRds;
+
+/// An instance with the defaults, for all tests of a file that change nothing about it.
+pub static RDS: LazyLock<LocalRds> = LazyLock::new(|| LocalRds::builder().start().unwrap());
+
+/// A variable and its value; a later one with the same name replaces an earlier one.
+pub type Var = (OsString, OsString);
+
+/// Variables, from text or other.
+pub fn vars<N: AsRef<OsStr>, V: AsRef<OsStr>>(all: impl IntoIterator<Item = (N, V)>) -> Vec<Var> {
+    all.into_iter()
+        .map(|(n, v)| (n.as_ref().to_owned(), v.as_ref().to_owned()))
+        .collect()
+}
+
+/// Those of `rds` with `change` on top, in which an empty value takes a variable away.
+pub fn with(rds: &LocalRds, change: &[(&str, &str)]) -> Vec<Var> {
+    let mut all = vars(rds.env());
+    all.retain(|(name, _)| change.iter().all(|(other, _)| name != other));
+    all.extend(vars(
+        change
+            .iter()
+            .filter(|(_, value)| !value.is_empty())
+            .copied(),
+    ));
+    all
+}
+
+/// How a run of the program ended.
+#[derive(Debug)]
+pub struct Run {
+    pub code: Option<i32>,
+    pub output: String,
+}
+
+/// Runs the program with these variables and no others, at `RUST_LOG=trace` unless they say
+/// otherwise. However it ends, it must end by itself, without panic, and keep the password.
+pub fn demo(vars: &[Var]) -> Run {
+    let output = assert_cmd::Command::new(env!("CARGO_BIN_EXE_tokio-postgres-rustls-rds-demo"))
+        .env_clear()
+        .env("RUST_LOG", "trace")
+        .envs(vars.iter().cloned())
+        .timeout(Duration::from_secs(120))
+        .output()
+        .unwrap();
+    assert!(output.stdout.is_empty(), "{output:?}");
+    let run = Run {
+        code: output.status.code(),
+        output: String::from_utf8(output.stderr).unwrap(),
+    };
+    assert!(run.code.is_some(), "ended by a signal: {run:?}");
+    assert!(!run.output.contains("panicked"), "{}", run.output);
+    for (name, value) in vars {
+        if name.to_string_lossy().to_lowercase().contains("pass") && value.len() > 4 {
+            let bytes = format!("{:?}", value.as_encoded_bytes());
+            for secret in [&value.to_string_lossy(), bytes.trim_matches(['[', ']'])] {
+                assert!(
+                    !run.output.contains(secret),
+                    "it tells the password:\n{}",
+                    run.output
+                );
+            }
+        }
+    }
+    run
+}
+
+/// Waits until it is so, and no longer than a minute.
+#[track_caller]
+pub fn eventually(what: &str, is_so: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(
+            start.elapsed() < Duration::from_secs(60),
+            "still not: {what}"
+        );
+        sleep(Duration::from_millis(20));
+    }
+}
+
+impl Run {
+    /// It has connected and logged the answer.
+    #[track_caller]
+    pub fn succeeded(&self) {
+        assert_eq!(self.code, Some(0), "{}", self.output);
+        assert!(
+            self.output.contains("catalog_name: \"postgres\""),
+            "{}",
+            self.output
+        );
+    }
+
+    /// It has failed, and its error has all of these words in it.
+    #[track_caller]
+    pub fn failed(&self, words: &[&str]) {
+        assert_eq!(self.code, Some(1), "{}", self.output);
+        for word in words {
+            assert!(
+                self.error().contains(word),
+                "no {word:?} in:\n{}",
+                self.output
+            );
+        }
+    }
+
+    /// The error alone, without the log before it.
+    #[track_caller]
+    pub fn error(&self) -> &str {
+        let start = self.output.find("Error: ");
+        &self.output[start.unwrap_or_else(|| panic!("no error in:\n{}", self.output))..]
+    }
+}

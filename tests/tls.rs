@@ -1,0 +1,168 @@
+//! With `DB_CA_CERT` there is verified TLS or an error; without it, plaintext and a warning.
+
+mod support;
+
+use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds};
+use support::{RDS, demo, with};
+
+#[test]
+fn connects_with_each_of_the_three_key_types() {
+    for key_type in [KeyType::Rsa2048, KeyType::Rsa4096, KeyType::Ecc384] {
+        let rds = LocalRds::builder().key_type(key_type).start().unwrap();
+        demo(&with(&rds, &[])).succeeded();
+        // With both the whole bundle and the root, as an instance's own is one of many.
+        let bundle = std::fs::read("ca-certificates/global-bundle.pem").unwrap();
+        let both = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(
+            &both,
+            [bundle, std::fs::read(rds.roots()).unwrap()].concat(),
+        )
+        .unwrap();
+        demo(&with(
+            &rds,
+            &[("DB_CA_CERT", both.path().to_str().unwrap())],
+        ))
+        .succeeded();
+    }
+}
+
+#[test]
+fn the_server_saw_tls_and_channel_binding() {
+    let rds = LocalRds::builder()
+        .setting("log_connections", "on")
+        .start()
+        .unwrap();
+    demo(&with(&rds, &[("PG.CHANNEL_BINDING", "require")])).succeeded();
+    let log = rds.log().unwrap();
+    assert!(
+        log.contains("user=postgres database=postgres SSL enabled"),
+        "{log}"
+    );
+}
+
+#[test]
+fn connects_with_tls_1_2_alone_as_on_rds_before_16() {
+    let rds = LocalRds::builder()
+        .setting("ssl_max_protocol_version", "TLSv1.2")
+        .start()
+        .unwrap();
+    demo(&with(&rds, &[("PG.CHANNEL_BINDING", "require")])).succeeded();
+}
+
+#[test]
+fn channel_binding_required_is_not_to_be_had_with_a_cleartext_password() {
+    let iam = [("PG.USER", IAM_USER), ("PG.PASSWORD", &RDS.iam_token())];
+    let binding = [("PG.CHANNEL_BINDING", "require")];
+    demo(&with(&RDS, &[iam.as_slice(), &binding].concat()))
+        .failed(&[ENDPOINT, "server did not use channel binding"]);
+}
+
+#[test]
+fn logs_in_with_an_iam_token() {
+    let token = RDS.iam_token();
+    assert!(token.len() >= 3000, "{}", token.len());
+    demo(&with(
+        &RDS,
+        &[("PG.USER", IAM_USER), ("PG.PASSWORD", &token)],
+    ))
+    .succeeded();
+    demo(&with(
+        &RDS,
+        &[("PG.USER", IAM_USER), ("PG.PASSWORD", &token[1..])],
+    ))
+    .failed(&["password authentication failed for user \"iam_user\""]);
+}
+
+#[test]
+fn an_iam_token_is_refused_without_tls_even_where_tls_is_not_forced() {
+    let rds = LocalRds::builder().force_ssl(false).start().unwrap();
+    let token = rds.iam_token();
+    let iam = [
+        ("PG.USER", IAM_USER),
+        ("PG.PASSWORD", &token),
+        ("DB_CA_CERT", ""),
+    ];
+    demo(&with(&rds, &iam)).failed(&["pg_hba.conf rejects connection", "no encryption"]);
+}
+
+#[test]
+fn connects_without_tls_where_allowed_and_warns() {
+    let rds = LocalRds::builder()
+        .force_ssl(false)
+        .setting("log_connections", "on")
+        .start()
+        .unwrap();
+    for mode in ["", "disable", "allow", "prefer"] {
+        let run = demo(&with(&rds, &[("DB_CA_CERT", ""), ("PG.SSLMODE", mode)]));
+        run.succeeded();
+        assert!(run.output.contains("WARN") && run.output.contains("no DB_CA_CERT, so no TLS"));
+    }
+    assert!(!rds.log().unwrap().contains("SSL enabled"));
+}
+
+#[test]
+fn is_refused_without_tls_where_it_is_forced() {
+    let rds = LocalRds::builder().force_ssl(true).start().unwrap();
+    demo(&with(&rds, &[("DB_CA_CERT", "")])).failed(&[
+        ENDPOINT,
+        "FATAL: no pg_hba.conf entry for host \"127.0.0.1\", user \"postgres\", database \"postgres\"",
+    ]);
+}
+
+#[test]
+fn requires_and_verifies_where_sslmode_says_so() {
+    for mode in ["require", "verify-full"] {
+        demo(&with(&RDS, &[("PG.SSLMODE", mode)])).succeeded();
+        demo(&with(
+            &RDS,
+            &[
+                ("PG.SSLMODE", mode),
+                ("DB_CA_CERT", "ca-certificates/global-bundle.pem"),
+            ],
+        ))
+        .failed(&[ENDPOINT, "invalid peer certificate: UnknownIssuer"]);
+    }
+}
+
+#[test]
+fn refuses_another_authority_with_the_very_same_names() {
+    let other = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&other, Authority::new(KeyType::Rsa2048).unwrap().root()).unwrap();
+    demo(&with(
+        &RDS,
+        &[("DB_CA_CERT", other.path().to_str().unwrap())],
+    ))
+    .failed(&[
+        ENDPOINT,
+        "error performing TLS handshake",
+        "invalid peer certificate",
+    ]);
+}
+
+#[test]
+fn refuses_another_name_than_the_certificates() {
+    for name in [
+        "database-2.xq7f5vzbpq1x.ca-central-1.rds.amazonaws.com",
+        "db.example.com",
+    ] {
+        demo(&with(&RDS, &[("PG.HOST", name)])).failed(&[
+            &format!("connecting to {name}:{}", RDS.port()),
+            &format!("certificate not valid for name \"{name}\""),
+            ENDPOINT,
+        ]);
+    }
+    demo(&with(&RDS, &[("PG.HOST", "127.0.0.1")]))
+        .failed(&["certificate not valid for name \"127.0.0.1\""]);
+}
+
+#[test]
+fn direct_tls_goes_past_a_server_older_than_17_only() {
+    let run = demo(&with(&RDS, &[("PG.SSLNEGOTIATION", "direct")]));
+    match RDS.version().unwrap() {
+        17.. => run.succeeded(),
+        old => {
+            eprintln!("PostgreSQL {old} has no direct TLS: only its refusal is tested");
+            run.failed(&[ENDPOINT, "error performing TLS handshake"]);
+        }
+    }
+}
