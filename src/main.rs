@@ -173,7 +173,7 @@ fn client_config(file: &Path) -> Result<ClientConfig> {
         added.with_context(|| format!("after {good} certificates"))?;
     }
     ensure!(!roots.is_empty(), "no certificate in it");
-    debug!("{} trust anchors from {}", roots.len(), file.display());
+    debug!("trust anchors in {}: {}", file.display(), roots.len());
     trace!("{:?}", roots.roots);
 
     // P-256 first: PostgreSQL up to 17 takes no other, and to be told so is a round trip.

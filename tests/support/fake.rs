@@ -1,0 +1,111 @@
+//! Servers that do what no honest one does, and the record of what they got to hear.
+
+use std::future::Future;
+use std::net::Ipv4Addr;
+use std::pin::Pin;
+use std::sync::{Arc, LazyLock, Mutex};
+
+use local_rds::ServerCertificate;
+use rustls::ServerConfig;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Runtime;
+use tokio_rustls::TlsAcceptor;
+use tokio_util::io::InspectReader;
+
+pub static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().unwrap());
+
+/// What clients are told when a server asks for the password as it is.
+pub const CLEARTEXT_PASSWORD: &[u8] = b"R\0\0\0\x08\0\0\0\x03";
+/// The end of a log-in: authenticated, and ready for a query.
+pub const WELCOME: &[u8] = b"R\0\0\0\x08\0\0\0\0K\0\0\0\x0c\0\0\0\x01\0\0\0\x02Z\0\0\0\x05I";
+
+/// A connection whose incoming bytes are on record.
+pub type Wire = InspectReader<TcpStream, Box<dyn FnMut(&[u8]) + Send>>;
+
+type Script = Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>>;
+
+/// A server on 127.0.0.1 that follows a script with each client, until the tests are over.
+pub struct Fake {
+    pub port: u16,
+    heard: Arc<Mutex<Vec<Vec<u8>>>>,
+}
+
+impl Fake {
+    /// The client's end of a connection is its own affair: errors of the script do not matter.
+    pub fn new<F>(script: impl Fn(Wire) -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = std::io::Result<()>> + Send + 'static,
+    {
+        let listener = RUNTIME
+            .block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
+            .unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let record = Arc::clone(&heard);
+        RUNTIME.spawn(async move {
+            for nth in 0.. {
+                let (stream, _) = listener.accept().await.unwrap();
+                let record = Arc::clone(&record);
+                record.lock().unwrap().push(Vec::new());
+                let inspect = move |bytes: &[u8]| record.lock().unwrap()[nth].extend(bytes);
+                let script: Script = Box::pin(script(Wire::new(stream, Box::new(inspect))));
+                tokio::spawn(script);
+            }
+        });
+        Self { port, heard }
+    }
+
+    /// All that each client has sent so far.
+    pub fn heard(&self) -> Vec<Vec<u8>> {
+        self.heard.lock().unwrap().clone()
+    }
+}
+
+/// Reads what comes until the client has had enough, and says no more.
+pub async fn silence(mut wire: impl AsyncRead + Unpin) -> std::io::Result<()> {
+    let mut buffer = [0; 1024];
+    while wire.read(&mut buffer).await? > 0 {}
+    Ok(())
+}
+
+/// Reads a message without a type, as SSLRequest and StartupMessage are, and returns its body.
+pub async fn startup(wire: &mut (impl AsyncRead + Unpin)) -> std::io::Result<Vec<u8>> {
+    let length = wire.read_u32().await?;
+    let mut body = vec![0; length as usize - 4];
+    wire.read_exact(&mut body).await?;
+    Ok(body)
+}
+
+/// Reads any other message, and returns its type and body.
+pub async fn message(wire: &mut (impl AsyncRead + Unpin)) -> std::io::Result<(u8, Vec<u8>)> {
+    Ok((wire.read_u8().await?, startup(wire).await?))
+}
+
+/// Reads SSLRequest, says yes, and is a TLS server from then on.
+pub async fn tls<W: AsyncRead + AsyncWrite + Unpin>(
+    mut wire: W,
+    acceptor: &TlsAcceptor,
+) -> std::io::Result<tokio_rustls::server::TlsStream<W>> {
+    startup(&mut wire).await?;
+    wire.write_all(b"S").await?;
+    acceptor.accept(wire).await
+}
+
+/// A TLS server with this certificate.
+pub fn acceptor(certificate: &ServerCertificate) -> TlsAcceptor {
+    let chain = certificate.leaf.clone() + &certificate.subordinate;
+    let chain = CertificateDer::pem_slice_iter(chain.as_bytes())
+        .collect::<Result<_, _>>()
+        .unwrap();
+    let key = PrivateKeyDer::from_pem_slice(certificate.key.as_bytes()).unwrap();
+    let config =
+        ServerConfig::builder_with_provider(rustls::crypto::ring::default_provider().into())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(chain, key)
+            .unwrap();
+    TlsAcceptor::from(Arc::new(config))
+}
