@@ -209,7 +209,8 @@ where
         // Half for TCP: a dead address of the host then leaves time for the next one.
         pg.connect_timeout(limit / 2);
         let answer = timeout(limit, query(&pg, tls.clone())).await;
-        let answer = answer.unwrap_or_else(|_| Err(anyhow!("no answer within {limit:?}")));
+        let answer = answer
+            .unwrap_or_else(|_| Err(anyhow!("no answer within {limit:?} (PG.CONNECT_TIMEOUT)")));
         match answer.with_context(|| format!("connecting to {}", target(&pg))) {
             Err(error) if hosts.peek().is_some() => warn!("{error:#}; trying the next host"),
             answer => return answer,

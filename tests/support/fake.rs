@@ -1,5 +1,7 @@
 //! Servers that do what no honest one does, and the record of what they got to hear.
 
+#![allow(dead_code)] // As of support: each file of tests uses its part.
+
 use std::future::Future;
 use std::net::Ipv4Addr;
 use std::pin::Pin;

@@ -1,0 +1,465 @@
+//! A server that breaks down, at whatever point, ends in an error, and within the time allowed.
+//!
+//! | breaks down                           | by                                              |
+//! |---------------------------------------|-------------------------------------------------|
+//! | before TCP is connected               | never answering, or refusing                    |
+//! | after accept, SSLRequest, ClientHello | silence; closing; half a message; garbage       |
+//! | at start-up, the password, the query  | the same, with TLS and without                  |
+//! | with an answer                        | of no rows, of many, of another type            |
+//! | as a real one does                    | shutting down, being full, losing its processes |
+//!
+//! With several hosts, each of the silent ones is left for the next that answers.
+
+#[path = "support/fake.rs"]
+mod fake;
+mod support;
+
+use std::io::Error;
+use std::thread::scope;
+
+use fake::{
+    CLEARTEXT_PASSWORD, Fake, RUNTIME, WELCOME, Wire, acceptor, message, silence, startup, tls,
+};
+use local_rds::{Authority, ENDPOINT, KeyType, LocalRds};
+use support::{RDS, Run, Var, demo, eventually, with};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+
+/// The points at which the client waits for a server.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Point {
+    Accept,
+    SslRequest,
+    ClientHello,
+    Startup,
+    Password,
+    Query,
+}
+use Point::*;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fault {
+    Silence,
+    Close,
+    HalfAMessage,
+    Garbage,
+}
+use Fault::*;
+
+const POINTS: [Point; 6] = [Accept, SslRequest, ClientHello, Startup, Password, Query];
+const FAULTS: [Fault; 4] = [Silence, Close, HalfAMessage, Garbage];
+
+async fn break_down(
+    mut wire: impl AsyncRead + AsyncWrite + Unpin,
+    fault: Fault,
+    half: &[u8],
+) -> Result<(), Error> {
+    match fault {
+        Silence => return silence(wire).await,
+        Close => {}
+        HalfAMessage => wire.write_all(half).await?,
+        Garbage => {
+            wire.write_all(b"\xff\xfe\xfd\xfc\xfb\xfa\xf9\xf8\xf7\xf6")
+                .await?
+        }
+    }
+    wire.shutdown().await
+}
+
+/// A server up to `point`, in TLS or without.
+async fn server(
+    wire: Wire,
+    acceptor: Option<tokio_rustls::TlsAcceptor>,
+    point: Point,
+    fault: Fault,
+) -> Result<(), Error> {
+    if point == Accept {
+        return break_down(wire, fault, b"").await;
+    }
+    let Some(acceptor) = acceptor else {
+        return in_session(wire, point, fault).await;
+    };
+    if let SslRequest | ClientHello = point {
+        let mut wire = wire;
+        startup(&mut wire).await?;
+        if point == ClientHello {
+            wire.write_all(b"S").await?;
+        }
+        return break_down(wire, fault, b"\x16\x03\x03\0\x7a\x02").await;
+    }
+    in_session(tls(wire, &acceptor).await?, point, fault).await
+}
+
+async fn in_session<W: AsyncRead + AsyncWrite + Unpin>(
+    mut wire: W,
+    point: Point,
+    fault: Fault,
+) -> Result<(), Error> {
+    startup(&mut wire).await?;
+    if point == Startup {
+        return break_down(wire, fault, b"R\0\0\0\x08\0\0").await;
+    }
+    wire.write_all(CLEARTEXT_PASSWORD).await?;
+    wire.flush().await?;
+    message(&mut wire).await?;
+    if point == Password {
+        return break_down(wire, fault, b"R\0\0\0\x08\0\0").await;
+    }
+    answer(&mut wire, b"").await?;
+    break_down(wire, fault, b"1\0\0\0\x042\0\0\0\x04T\0\0\0\xff\0\x01").await
+}
+
+/// Lets the client in, waits for its query, and says this.
+async fn answer<W: AsyncRead + AsyncWrite + Unpin>(
+    wire: &mut W,
+    answer: &[u8],
+) -> Result<(), Error> {
+    wire.write_all(WELCOME).await?;
+    wire.flush().await?;
+    while message(wire).await?.0 != b'S' {}
+    wire.write_all(answer).await?;
+    wire.flush().await
+}
+
+/// What the error is to say of it.
+fn cause(with_tls: bool, point: Point, fault: Fault) -> &'static str {
+    match (with_tls, point, fault) {
+        (_, _, Silence) => "no answer within",
+        (true, Accept | SslRequest, Close) | (true, Accept, HalfAMessage) => "early eof",
+        (true, Accept | SslRequest, _) => "server does not support TLS",
+        (_, ClientHello, Close | HalfAMessage) => "tls handshake eof",
+        (_, ClientHello, Garbage) => "received corrupt message",
+        (_, _, Close) | (_, Accept, HalfAMessage) => "connection closed",
+        (_, _, HalfAMessage) => "bytes remaining on stream",
+        (_, _, Garbage) => "invalid message length",
+    }
+}
+
+#[test]
+fn every_fault_at_every_point_is_an_error_within_the_time_allowed() {
+    let authority = Authority::new(KeyType::Ecc384).unwrap();
+    let acceptor = acceptor(&authority.issue(ENDPOINT, |_| {}).unwrap());
+    let roots = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&roots, authority.root()).unwrap();
+    let roots = roots.path().to_str().unwrap();
+    let case = |with_tls: bool, point: Point, fault: Fault, limit: &str| {
+        let acceptor = with_tls.then(|| acceptor.clone());
+        let fake = Fake::new(move |wire| server(wire, acceptor.clone(), point, fault));
+        let roots = if with_tls { roots } else { "" };
+        let port = fake.port.to_string();
+        let change = [
+            ("PG.PORT", port.as_str()),
+            ("DB_CA_CERT", roots),
+            ("PG.CONNECT_TIMEOUT", limit),
+        ];
+        let run = demo(&with(&RDS, &change));
+        run.failed(&[ENDPOINT, &port, cause(with_tls, point, fault)]);
+        if fault == Silence {
+            let limit = if limit.is_empty() { "10" } else { limit };
+            run.failed(&[&format!("no answer within {limit}s (PG.CONNECT_TIMEOUT)")]);
+        }
+        if point == Query && fault != Silence {
+            run.failed(&["SELECT * FROM information_schema.information_schema_catalog_name"]);
+        }
+    };
+    scope(|scope| {
+        for (with_tls, points) in [
+            (true, &POINTS[..]),
+            (false, &[Accept, Startup, Password, Query]),
+        ] {
+            for point in points {
+                for fault in FAULTS {
+                    scope.spawn(move || case(with_tls, *point, fault, "2"));
+                }
+                // Without a limit of one's own there is one all the same.
+                scope.spawn(move || case(with_tls, *point, Silence, ""));
+            }
+        }
+    });
+}
+
+/// Without TLS, to a fake server.
+fn plainly(fake: &Fake) -> Run {
+    let port = fake.port.to_string();
+    demo(&with(
+        &RDS,
+        &[
+            ("PG.PORT", &port),
+            ("DB_CA_CERT", ""),
+            ("PG.CONNECT_TIMEOUT", "2"),
+        ],
+    ))
+}
+
+#[test]
+fn a_server_that_never_stops_talking_does_not_outlast_the_time_allowed() {
+    let fake = Fake::new(|mut wire| async move {
+        startup(&mut wire).await?;
+        wire.write_all(&WELCOME[..9]).await?;
+        loop {
+            wire.write_all(b"S\0\0\0\x08a\0b\0").await?;
+        }
+    });
+    plainly(&fake).failed(&["no answer within 2s"]);
+}
+
+#[test]
+fn an_answer_that_is_none_is_an_error() {
+    // The description of one column of type name, a row of it, and the end of the answer.
+    const COLUMN: &[u8] = b"1\0\0\0\x042\0\0\0\x04T\0\0\0\x1a\0\x01c\0\0\0\0\0\0\0\0\0\0\x13\0\x40\xff\xff\xff\xff\0\0";
+    const ROW: &[u8] = b"D\0\0\0\x12\0\x01\0\0\0\x08postgres";
+    const NULL: &[u8] = b"D\0\0\0\x0a\0\x01\xff\xff\xff\xff";
+    const NOT_UTF_8: &[u8] = b"D\0\0\0\x0c\0\x01\0\0\0\x02\xff\xfe";
+    const NO_COLUMNS: &[u8] = b"1\0\0\0\x042\0\0\0\x04T\0\0\0\x06\0\0D\0\0\0\x06\0\0";
+    const END: &[u8] = b"C\0\0\0\x0dSELECT 1\0Z\0\0\0\x05I";
+    let run = |parts: &[&[u8]]| {
+        let said = [parts.concat().as_slice(), END].concat();
+        plainly(&Fake::new(move |mut wire: Wire| {
+            let said = said.clone();
+            async move {
+                startup(&mut wire).await?;
+                answer(&mut wire, &said).await?;
+                silence(wire).await
+            }
+        }))
+    };
+    run(&[COLUMN, ROW]).succeeded();
+    let rows = "query returned an unexpected number of rows";
+    run(&[COLUMN]).failed(&[ENDPOINT, "SELECT * FROM", rows]);
+    run(&[COLUMN, ROW, ROW]).failed(&[ENDPOINT, "SELECT * FROM", rows]);
+    run(&[b"1\0\0\0\x042\0\0\0\x04n\0\0\0\x04"]).failed(&[ENDPOINT, "SELECT * FROM", rows]);
+    run(&[COLUMN, NULL]).failed(&[ENDPOINT, "error deserializing column 0"]);
+    run(&[COLUMN, NOT_UTF_8]).failed(&[ENDPOINT, "error deserializing column 0"]);
+    run(&[NO_COLUMNS]).failed(&[ENDPOINT, "invalid column `0`"]);
+    run(&[b"1\0\0\0\x04E\0\0\0\x1bSERROR\0C42501\0Mdenied\0\0"])
+        .failed(&[ENDPOINT, "ERROR: denied"]);
+}
+
+#[test]
+fn a_port_where_nobody_listens_refuses() {
+    demo(&with(&RDS, &[("PG.PORT", "1")]))
+        .failed(&[&format!("connecting to {ENDPOINT}:1"), "Connection refused"]);
+}
+
+/// A port that answers to TCP as a security group does, not at all: its backlog is full.
+fn black_hole() -> (u16, TcpListener, Vec<TcpStream>) {
+    RUNTIME.block_on(async {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = socket.listen(0).unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut waiting = Vec::new();
+        let limit = std::time::Duration::from_millis(500);
+        while let Ok(stream) = tokio::time::timeout(limit, TcpStream::connect(address)).await {
+            waiting.push(stream.unwrap());
+        }
+        (address.port(), listener, waiting)
+    })
+}
+
+#[test]
+fn a_packet_that_is_dropped_is_not_waited_for_for_minutes() {
+    let (port, ..) = &black_hole();
+    demo(&with(
+        &RDS,
+        &[("PG.PORT", &port.to_string()), ("PG.CONNECT_TIMEOUT", "2")],
+    ))
+    .failed(&[
+        ENDPOINT,
+        "error connecting to server",
+        "connection timed out",
+    ]);
+}
+
+#[test]
+fn of_several_hosts_the_next_is_tried_in_time_whatever_is_wrong_with_the_first() {
+    let silent = |point| Fake::new(move |wire| server(wire, None, point, Silence));
+    let says_yes_and_no_more = Fake::new(|mut wire: Wire| async move {
+        startup(&mut wire).await?;
+        wire.write_all(b"S").await?;
+        silence(wire).await
+    });
+    let closes = Fake::new(|wire| server(wire, None, Accept, Close));
+    let no_tls = Fake::new(|mut wire: Wire| async move {
+        startup(&mut wire).await?;
+        wire.write_all(b"N").await?;
+        silence(wire).await
+    });
+    let after_accept = silent(Accept);
+    let (hole, ..) = &black_hole();
+    let good = RDS.port();
+    let both = |name: &str, address: &str, port: u16, limit: &str| -> Vec<Var> {
+        let (hosts, addresses) = (format!("{name},{ENDPOINT}"), format!("{address},127.0.0.1"));
+        with(
+            &RDS,
+            &[
+                ("PG.HOST", &hosts),
+                ("PG.HOSTADDR", &addresses),
+                ("PG.PORT", &format!("{port},{good}")),
+                ("PG.CONNECT_TIMEOUT", limit),
+            ],
+        )
+    };
+    let then = |run: Run, why: &str| {
+        run.succeeded();
+        let warning = run
+            .output
+            .lines()
+            .find(|line| line.ends_with("; trying the next host"));
+        assert!(
+            warning.unwrap_or_default().contains(why),
+            "no {why} in {}",
+            run.output
+        );
+    };
+    scope(|scope| {
+        for (port, why) in [
+            (1, "Connection refused"),
+            (*hole, "connection timed out"),
+            (after_accept.port, "no answer within"),
+            (says_yes_and_no_more.port, "no answer within"),
+            (closes.port, "early eof"),
+            (no_tls.port, "server does not support TLS"),
+        ] {
+            for limit in ["2", ""] {
+                scope.spawn(move || then(demo(&both(ENDPOINT, "127.0.0.1", port, limit)), why));
+            }
+        }
+        let wrong_name = both("db.example.com", "127.0.0.1", good, "2");
+        scope.spawn(move || then(demo(&wrong_name), "not valid for name \"db.example.com\""));
+    });
+}
+
+#[test]
+fn a_host_whose_name_is_gone_is_passed_over() {
+    let live = LocalRds::builder().force_ssl(false).start().unwrap();
+    let port = live.port().to_string();
+    let hosts = ("PG.HOST", "gone.invalid,127.0.0.1");
+    let run = demo(&with(
+        &live,
+        &[
+            hosts,
+            ("PG.HOSTADDR", ""),
+            ("PG.PORT", &port),
+            ("DB_CA_CERT", ""),
+        ],
+    ));
+    run.succeeded();
+    assert!(
+        run.output.contains("connecting to gone.invalid:"),
+        "{}",
+        run.output
+    );
+    demo(&with(
+        &live,
+        &[("PG.HOST", "gone.invalid"), ("PG.HOSTADDR", "")],
+    ))
+    .failed(&[
+        "connecting to gone.invalid:",
+        "failed to lookup address information",
+    ]);
+}
+
+#[test]
+fn a_server_that_shuts_down_says_so() {
+    let rds = LocalRds::builder().start().unwrap();
+    let session = rds.admin().unwrap();
+    // "Smart": it waits for the sessions it has, and lets no more in (SQLSTATE 57P03).
+    let pid = std::fs::read_to_string(rds.socket().join("postmaster.pid")).unwrap();
+    let pid = pid.lines().next().unwrap().to_owned();
+    assert!(
+        std::process::Command::new("kill")
+            .args(["-TERM", &pid])
+            .status()
+            .unwrap()
+            .success()
+    );
+    eventually("it is shutting down", || {
+        rds.log().unwrap().contains("smart shutdown")
+    });
+    demo(&with(&rds, &[])).failed(&[ENDPOINT, "FATAL: the database system is shutting down"]);
+    drop(session);
+}
+
+#[test]
+fn a_server_without_a_free_connection_says_so() {
+    let rds = LocalRds::builder()
+        .setting("max_connections", "4")
+        .setting("superuser_reserved_connections", "2")
+        .setting("max_wal_senders", "0")
+        .start()
+        .unwrap();
+    let sessions = [rds.admin().unwrap(), rds.admin().unwrap()];
+    demo(&with(&rds, &[])).failed(&[ENDPOINT, "FATAL: remaining connection slots are reserved"]);
+    drop(sessions);
+}
+
+/// Runs the program up to its query, which waits for a lock; does something to it, and returns
+/// how the run ended.
+fn while_the_query_runs(
+    rds: &LocalRds,
+    limit: &str,
+    done: impl FnOnce(&mut postgres::Client, i32),
+) -> Run {
+    const VIEW: &str = "information_schema.information_schema_catalog_name";
+    let mut lock = rds.admin().unwrap();
+    lock.batch_execute(&format!(
+        "BEGIN; LOCK TABLE {VIEW} IN ACCESS EXCLUSIVE MODE"
+    ))
+    .unwrap();
+    let vars = with(
+        rds,
+        &[
+            ("PG.CONNECT_TIMEOUT", limit),
+            ("PG.APPLICATION_NAME", "waits"),
+        ],
+    );
+    let run = std::thread::spawn(move || demo(&vars));
+    let mut admin = rds.admin().unwrap();
+    let waiting = "SELECT pid FROM pg_stat_activity
+        WHERE application_name = 'waits' AND wait_event_type = 'Lock'";
+    let pid = loop {
+        if let Some(row) = admin.query_opt(waiting, &[]).unwrap() {
+            break row.get(0);
+        }
+        assert!(!run.is_finished());
+    };
+    done(&mut admin, pid);
+    run.join().unwrap()
+}
+
+#[test]
+fn a_session_that_is_ended_while_its_query_runs_says_why() {
+    let run = while_the_query_runs(&RDS, "60", |admin, pid| {
+        admin
+            .query("SELECT pg_terminate_backend($1)", &[&pid])
+            .unwrap();
+    });
+    run.failed(&[
+        ENDPOINT,
+        "SELECT * FROM",
+        "FATAL: terminating connection due to administrator command",
+    ]);
+}
+
+#[test]
+fn a_process_that_is_killed_while_its_query_runs_is_an_end_without_a_word() {
+    let rds = LocalRds::builder().start().unwrap();
+    let run = while_the_query_runs(&rds, "60", |_, pid| {
+        std::process::Command::new("kill")
+            .args(["-KILL", &pid.to_string()])
+            .status()
+            .unwrap();
+    });
+    run.failed(&[
+        ENDPOINT,
+        "SELECT * FROM",
+        "peer closed connection without sending TLS close_notify",
+    ]);
+}
+
+#[test]
+fn a_query_that_waits_for_a_lock_has_the_time_allowed_and_no_more() {
+    let rds = LocalRds::builder().start().unwrap();
+    while_the_query_runs(&rds, "3", |_, _| {}).failed(&[ENDPOINT, "no answer within 3s"]);
+}
