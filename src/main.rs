@@ -67,6 +67,15 @@ impl Settings {
                 if let Err(error) = pair(keyword, &value).parse::<Config>() {
                     bail!("{name}: {}", Error::new(error).root_cause())
                 }
+                // To more than this Linux says "Invalid argument", and not which.
+                let range = match keyword {
+                    "keepalives_idle" | "keepalives_interval" => 0..=32_767,
+                    "keepalives_retries" => 1..=127,
+                    "tcp_user_timeout" => 0..=2_147_483,
+                    _ => 0..=u64::MAX,
+                };
+                let in_range = range.contains(&value.parse().unwrap_or(1));
+                ensure!(in_range, "{name} is not in {range:?}");
             }
             if let Some((twin, other)) = found.insert(key, (name.clone(), value.clone())) {
                 ensure!(other == value, "{twin} and {name} contradict each other");
@@ -254,8 +263,12 @@ fn main() -> Result<()> {
         .build()?;
     let answer = runtime.block_on(async {
         if let Some(file) = &settings.db_ca_cert {
-            let config = client_config(file);
-            let config = config.with_context(|| format!("DB_CA_CERT {}", file.display()))?;
+            let config = client_config(file).with_context(|| {
+                format!(
+                    "reading the root certificates in {} (DB_CA_CERT)",
+                    file.display()
+                )
+            })?;
             ask(settings.pg, MakeRustlsConnect::new(config)).await
         } else {
             warn!("no DB_CA_CERT, so no TLS: others can read, and change, all that is sent");

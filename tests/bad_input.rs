@@ -1,0 +1,425 @@
+//! What is wrong with the input is said by the name of the variable, and nothing is connected to.
+//!
+//! | input            | wrong                                      | and right, though it may look odd     |
+//! |------------------|--------------------------------------------|---------------------------------------|
+//! | `DB_CA_CERT`     | 13 files that are no bundle of roots       | 8 that are one, with more around it   |
+//! | `PG.*`           | each keyword out of its range or kind      | what tokio-postgres takes             |
+//! | lists            | of unequal length, with an empty host      | one port for all hosts                |
+//! | any              | empty, not UTF-8                           |                                       |
+//! | host             | a socket's folder or no name, where TLS is | a socket's folder, where it is not    |
+
+mod support;
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
+
+use local_rds::{Authority, ENDPOINT, KeyType, LocalRds};
+use support::{RDS, Run, demo, with};
+use tempfile::TempDir;
+
+/// Runs the program with this as the file of `DB_CA_CERT`.
+fn with_file(content: impl AsRef<[u8]>) -> Run {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(&file, content).unwrap();
+    let path = file.path().to_str().unwrap();
+    let run = demo(&with(&RDS, &[("DB_CA_CERT", path)]));
+    if run.code != Some(0) {
+        run.failed(&["root certificates", path, "DB_CA_CERT"]);
+    }
+    run
+}
+
+fn root() -> String {
+    fs::read_to_string(RDS.roots()).unwrap()
+}
+
+#[test]
+fn a_file_that_is_no_bundle_of_roots_is_refused() {
+    let key = Authority::new(KeyType::Ecc384)
+        .unwrap()
+        .issue(ENDPOINT, |_| {})
+        .unwrap()
+        .key;
+    let root = root();
+    let lines: Vec<&str> = root.lines().collect();
+    let none = "no certificate in it";
+    let damaged = "PEM that is damaged or cut short";
+    for (content, why) in [
+        ("".as_bytes(), none),
+        (b"a line of text\n", none),
+        (b"\0\xff\xfe\x7fELF binary \x80\x81", none),
+        (key.as_bytes(), none),
+        (root.replace("CERTIFICATE", "X509 CRL").as_bytes(), none),
+        (
+            root.replace("CERTIFICATE-----", "CERTIFICATE----")
+                .as_bytes(),
+            damaged,
+        ),
+        (lines[..lines.len() / 2].join("\n").as_bytes(), damaged),
+        (lines[..lines.len() - 1].join("\n").as_bytes(), damaged),
+        (
+            root.replacen(lines[3], "not base64!", 1).as_bytes(),
+            damaged,
+        ),
+        // Good base64 of something else.
+        (
+            root.replacen(lines[1], lines[2], 1).as_bytes(),
+            "BadEncoding",
+        ),
+        (
+            b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+            "BadEncoding",
+        ),
+        (
+            b"-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n",
+            "BadEncoding",
+        ),
+        // A good one before does not make up for it, and is counted.
+        (
+            format!("{root}{}", root.replacen(lines[1], lines[2], 1)).as_bytes(),
+            "after 1 certificate",
+        ),
+    ] {
+        with_file(content).failed(&[why]);
+    }
+}
+
+#[test]
+fn a_private_key_in_the_wrong_place_is_not_quoted() {
+    let key = Authority::new(KeyType::Ecc384)
+        .unwrap()
+        .issue(ENDPOINT, |_| {})
+        .unwrap()
+        .key;
+    let secret = key.lines().nth(1).unwrap();
+    for content in [
+        key.replace('\n', ""),
+        key.replace('\n', " "),
+        key[..key.len() - 5].to_owned(),
+    ] {
+        let run = with_file(&content);
+        assert_ne!(run.code, Some(0));
+        let bytes = format!("{:?}", &secret.as_bytes()[..20]);
+        for secret in [&secret[..20], bytes.trim_matches(['[', ']'])] {
+            assert!(!run.output.contains(secret), "{}", run.output);
+        }
+    }
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_named() {
+    for (path, why) in [
+        ("/nonexistent/bundle.pem", "No such file or directory"),
+        ("/tmp", "Is a directory"),
+        ("Cargo.toml/bundle.pem", "Not a directory"),
+        (&"x".repeat(300), "File name too long"),
+    ] {
+        demo(&with(&RDS, &[("DB_CA_CERT", path)])).failed(&["DB_CA_CERT", path, why]);
+    }
+}
+
+#[test]
+fn a_file_that_may_not_be_read_is_named() {
+    // In a folder where another user can go too, as root may read everything.
+    let folder = TempDir::with_prefix_in("demo-", "/tmp").unwrap();
+    let (program, file) = (folder.path().join("demo"), folder.path().join("bundle.pem"));
+    fs::copy(
+        env!("CARGO_BIN_EXE_tokio-postgres-rustls-rds-demo"),
+        &program,
+    )
+    .unwrap();
+    fs::write(&file, root()).unwrap();
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o0)).unwrap();
+    let mut command = std::process::Command::new(program);
+    if fs::read(&file).is_ok() {
+        std::os::unix::process::CommandExt::uid(&mut command, 65_534);
+    }
+    let output = command
+        .env_clear()
+        .envs(RDS.env())
+        .env("DB_CA_CERT", &file)
+        .output()
+        .unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        error.contains("DB_CA_CERT") && error.contains("Permission denied"),
+        "{error}"
+    );
+}
+
+#[test]
+fn roots_with_more_around_them_are_accepted() {
+    let root = root();
+    let others = fs::read_to_string("ca-certificates/global-bundle.pem").unwrap();
+    let certificate = Authority::new(KeyType::Ecc384)
+        .unwrap()
+        .issue(ENDPOINT, |_| {})
+        .unwrap();
+    let key = &certificate.key;
+    for content in [
+        root.replace('\n', "\r\n"),
+        root.replace('\n', "\r"),
+        format!("# the root of our instance\n\n{root}\n# and that is all"),
+        format!("\u{feff}{root}"),
+        format!("\u{feff}{}", root.replace('\n', "\r\n")),
+        format!("{others}{root}"),
+        format!("{root}{others}"),
+        format!("{key}{root}{key}{}", certificate.leaf),
+    ] {
+        with_file(content).succeeded();
+    }
+}
+
+#[test]
+fn the_systems_own_bundle_is_accepted_as_it_is() {
+    // The one for RDS Proxy; where there is none, as on macOS, there is nothing to test.
+    let path = "/etc/ssl/certs/ca-certificates.crt";
+    if fs::exists(path).unwrap() {
+        demo(&with(&RDS, &[("DB_CA_CERT", path)]))
+            .failed(&[ENDPOINT, "invalid peer certificate: UnknownIssuer"]);
+    } else {
+        eprintln!("no {path}: not tested");
+    }
+}
+
+#[test]
+fn a_value_out_of_its_range_or_not_of_its_kind_is_refused() {
+    for (name, values) in [
+        (
+            "PG.SSLMODE",
+            &["verify-ca", "REQUIRE", "on", " require"][..],
+        ),
+        ("PG.SSLNEGOTIATION", &["tls", "Direct"]),
+        (
+            "PG.HOSTADDR",
+            &["localhost", "127.0.0", "256.0.0.1", "127.0.0.1,", "::g"],
+        ),
+        (
+            "PG.PORT",
+            &["65536", "-1", "x", "5432x", "0x10", "5432 ", "1,x"],
+        ),
+        (
+            "PG.CONNECT_TIMEOUT",
+            &["ten", "1.5", "10s", "9223372036854775808"],
+        ),
+        ("PG.TCP_USER_TIMEOUT", &["ten", "1.5"]),
+        ("PG.KEEPALIVES", &["on", "-1"]),
+        ("PG.KEEPALIVES_IDLE", &["x", "1.5"]),
+        ("PG.KEEPALIVES_INTERVAL", &["x", "1.5"]),
+        ("PG.KEEPALIVES_RETRIES", &["x", "-1", "4294967296"]),
+        ("PG.TARGET_SESSION_ATTRS", &["primary", "read_write"]),
+        ("PG.CHANNEL_BINDING", &["on", "Require"]),
+        ("PG.LOAD_BALANCE_HOSTS", &["on", "Random"]),
+    ] {
+        for value in values {
+            let keyword = name[3..].to_lowercase();
+            let run = demo(&with(&RDS, &[(name, value)]));
+            run.failed(&[&format!("{name}: invalid value for option `{keyword}`")]);
+            assert!(
+                !run.output.contains(ENDPOINT),
+                "it is no more than read: {}",
+                run.output
+            );
+        }
+    }
+}
+
+#[test]
+fn port_0_is_a_port_where_nobody_listens() {
+    demo(&with(&RDS, &[("PG.PORT", "0")]))
+        .failed(&[&format!("connecting to {ENDPOINT}:0"), "os error"]);
+}
+
+#[test]
+fn numbers_are_taken_to_the_end_of_their_range_and_no_further() {
+    let max = i64::MAX.to_string();
+    for (name, good, bad) in [
+        ("PG.CONNECT_TIMEOUT", ["-1", "0", &max], ["", ""]),
+        (
+            "PG.TCP_USER_TIMEOUT",
+            ["-1", "0", "2147483"],
+            ["2147484", &max],
+        ),
+        (
+            "PG.KEEPALIVES",
+            ["0", "1", "18446744073709551615"],
+            ["", ""],
+        ),
+        ("PG.KEEPALIVES_IDLE", ["-1", "0", "32767"], ["32768", &max]),
+        (
+            "PG.KEEPALIVES_INTERVAL",
+            ["-1", "0", "32767"],
+            ["32768", &max],
+        ),
+        ("PG.KEEPALIVES_RETRIES", ["1", "2", "127"], ["0", "128"]),
+    ] {
+        for value in good {
+            demo(&with(&RDS, &[(name, value)])).succeeded();
+        }
+        for value in bad.into_iter().filter(|value| !value.is_empty()) {
+            demo(&with(&RDS, &[(name, value)])).failed(&[&format!("{name} is not in ")]);
+        }
+    }
+}
+
+#[test]
+fn no_limit_at_all_is_not_to_be_had() {
+    for value in ["0", "-1"] {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port().to_string();
+        demo(&with(
+            &RDS,
+            &[("PG.PORT", &port), ("PG.CONNECT_TIMEOUT", value)],
+        ))
+        .failed(&[ENDPOINT, "no answer within 10s"]);
+    }
+}
+
+#[test]
+fn lists_of_unequal_length_are_refused() {
+    for (host, addr, port) in [
+        ("a,b", "127.0.0.1", "1"),
+        ("a", "127.0.0.1,127.0.0.2", "1"),
+        ("a,b", "", "1,2,3"),
+        ("a,b,c", "", "1,2"),
+        ("a", "", "1,2"),
+        ("", "127.0.0.1", "1,2"),
+    ] {
+        let lists = [
+            ("PG.HOST", host),
+            ("PG.HOSTADDR", addr),
+            ("PG.PORT", port),
+            ("DB_CA_CERT", ""),
+        ];
+        demo(&with(&RDS, &lists))
+            .failed(&["PG.HOST, PG.HOSTADDR and PG.PORT", "different lengths"]);
+    }
+    // A port alone is no host.
+    demo(&with(&RDS, &[("PG.HOST", ""), ("PG.HOSTADDR", "")])).failed(&["set PG.HOST"]);
+}
+
+#[test]
+fn an_empty_value_is_refused() {
+    for name in [
+        "PG.HOST",
+        "PG.USER",
+        "PG.PASSWORD",
+        "PG__PORT",
+        "PG.OPTIONS",
+        "DB_CA_CERT",
+    ] {
+        let mut vars = with(&RDS, &[(name, "")]);
+        vars.push((name.into(), "".into()));
+        demo(&vars).failed(&[name, "is empty"]);
+    }
+    for hosts in [",", "a,", ",a", "a,,b"] {
+        demo(&with(&RDS, &[("PG.HOST", hosts)])).failed(&["PG.HOST", "is empty"]);
+    }
+}
+
+#[test]
+fn a_value_that_is_not_utf_8_is_refused_and_not_shown() {
+    for name in [
+        "PG.PASSWORD",
+        "PG.HOST",
+        "PG.USER",
+        "PG__PASSWORD",
+        "DB_CA_CERT",
+    ] {
+        let mut vars = with(&RDS, &[(name, "")]);
+        vars.push((name.into(), OsStr::from_bytes(b"s3cret \xe9\xff").into()));
+        let run = demo(&vars);
+        run.failed(&[&format!("{name} is not UTF-8")]);
+        assert!(!run.output.contains("s3cret"), "{}", run.output);
+    }
+    // Nor is a name, which is ours by its beginning.
+    let mut vars = with(&RDS, &[]);
+    vars.push((OsStr::from_bytes(b"PG.HOST\xff").into(), "x".into()));
+    demo(&vars).failed(&["PG.HOST\u{fffd}"]);
+}
+
+#[test]
+fn a_socket_is_refused_where_tls_is_required_and_used_where_it_is_not() {
+    let socket = RDS.socket();
+    let socket = socket.to_str().unwrap();
+    let change = [("PG.HOST", socket), ("PG.HOSTADDR", "")];
+    demo(&with(&RDS, &change)).failed(&["DB_CA_CERT", "PG.HOST"]);
+    let mixed = format!("{ENDPOINT},{socket}");
+    demo(&with(&RDS, &[("PG.HOST", &mixed), ("PG.HOSTADDR", "")]))
+        .failed(&["DB_CA_CERT", "PG.HOST"]);
+    demo(&with(
+        &RDS,
+        &[
+            change[0],
+            change[1],
+            ("DB_CA_CERT", ""),
+            ("PG.USER", "rdsadmin"),
+        ],
+    ))
+    .succeeded();
+    demo(&with(
+        &RDS,
+        &[
+            ("PG.HOST", "/nonexistent"),
+            ("PG.HOSTADDR", ""),
+            ("DB_CA_CERT", ""),
+        ],
+    ))
+    .failed(&["connecting to /nonexistent:", "No such file or directory"]);
+}
+
+#[test]
+fn an_address_without_a_name_is_refused_where_tls_is_required() {
+    demo(&with(&RDS, &[("PG.HOST", "")])).failed(&["DB_CA_CERT", "PG.HOST"]);
+    let rds = LocalRds::builder().force_ssl(false).start().unwrap();
+    demo(&with(&rds, &[("PG.HOST", ""), ("DB_CA_CERT", "")])).succeeded();
+}
+
+#[test]
+fn a_name_that_cannot_be_one_is_an_error() {
+    for name in [
+        "under_score.example",
+        "-",
+        "a b",
+        "ex\u{e4}mple.com",
+        "*",
+        "host:5432",
+        "[::1]",
+        "a..b",
+    ] {
+        demo(&with(&RDS, &[("PG.HOST", name)])).failed(&[&format!("connecting to {name}:")]);
+    }
+}
+
+#[test]
+fn what_the_server_does_not_accept_is_its_own_words() {
+    for (name, value, why) in [
+        (
+            "PG.PASSWORD",
+            "not the password",
+            "FATAL: password authentication failed for user \"postgres\"",
+        ),
+        (
+            "PG.USER",
+            "nobody",
+            "FATAL: password authentication failed for user \"nobody\"",
+        ),
+        (
+            "PG.DBNAME",
+            "nothing",
+            "FATAL: database \"nothing\" does not exist",
+        ),
+        (
+            "PG.OPTIONS",
+            "-c nonsense=1",
+            "FATAL: unrecognized configuration parameter \"nonsense\"",
+        ),
+        ("PG.PASSWORD", "", "password missing"),
+    ] {
+        demo(&with(&RDS, &[(name, value)])).failed(&[ENDPOINT, why]);
+    }
+}
