@@ -1,0 +1,404 @@
+//! What holds for any input, tried with many.
+//!
+//! - Any set of `PG.*` either means exactly its values or is refused by the name of a variable.
+//! - Any user, password, database, options and application name reach the server as they are.
+//! - Any file of `DB_CA_CERT` is either refused or yields no root that is not in it.
+//! - The password is in no output: here it always begins with [`SECRET`].
+
+#[path = "support/fake.rs"]
+mod fake;
+mod support;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{LazyLock, Mutex};
+use std::time::Duration;
+
+use base64::Engine;
+use base64::alphabet::STANDARD;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use fake::{CLEARTEXT_PASSWORD, Fake, message, startup};
+use local_rds::{Authority, ENDPOINT, KeyType};
+use proptest::prelude::*;
+use proptest::sample::{Index, select};
+use support::{demo, vars};
+use tokio::io::AsyncWriteExt;
+use tokio_postgres::Config;
+use tokio_postgres::config::{
+    ChannelBinding, LoadBalanceHosts, SslMode, SslNegotiation, TargetSessionAttrs,
+};
+
+const SECRET: &str = "s3cret";
+
+fn many(cases: u32) -> ProptestConfig {
+    ProptestConfig {
+        cases,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
+}
+
+/// Text of any kind, though an environment has no place for NUL.
+fn text() -> impl Strategy<Value = String> {
+    prop_oneof!["[^\0]{1,20}", r"[ '\\=%,&a-z]{1,12}", "[a-z]{1,8}"]
+}
+
+/// A word that is good for the keyword, or something else that is not, and may be the password.
+fn word(good: &'static [&'static str]) -> BoxedStrategy<String> {
+    prop_oneof![9 => select(good).prop_map(str::to_owned), 1 => text().prop_map(|t| format!("{SECRET}{t}"))].boxed()
+}
+
+/// Keywords with values; a list has mostly, though not always, as many entries as there are hosts.
+fn keywords() -> impl Strategy<Value = BTreeMap<&'static str, String>> {
+    let list = |of: &'static [&'static str]| {
+        move |n: usize| prop::collection::vec(select(of), n).prop_map(|list| list.join(","))
+    };
+    let lists = prop_oneof![9 => (1..4_usize).prop_map(|n| (n, n)), 1 => (1..4_usize, 1..4_usize)]
+        .prop_flat_map(move |(hosts, others)| {
+            (
+                list(&["a", "b.example", "größe", "x y", r"quo'te\", "/no/folder"])(hosts),
+                list(&["127.0.0.1", "127.1.2.3", "::1"])(others),
+                prop::option::of(prop_oneof![
+                    list(&["1", "2", "9"])(others),
+                    list(&["1", "65535"])(1)
+                ]),
+            )
+        });
+    let free = ("user", "dbname", "options", "application_name");
+    let free = [free.0, free.1, free.2, free.3].map(|keyword| (Just(keyword), text().boxed()));
+    let words = [
+        (
+            "password",
+            text().prop_map(|text| format!("{SECRET}{text}")).boxed(),
+        ),
+        ("sslmode", word(&["disable", "prefer"])),
+        ("sslnegotiation", word(&["postgres"])),
+        ("connect_timeout", word(&["-1", "0", "1", "007", "+8"])),
+        ("tcp_user_timeout", word(&["0", "30"])),
+        ("keepalives", word(&["0", "1", "2"])),
+        ("keepalives_idle", word(&["0", "60"])),
+        ("keepalives_interval", word(&["0", "60"])),
+        ("keepalives_retries", word(&["1", "9"])),
+        (
+            "target_session_attrs",
+            word(&["any", "read-write", "read-only"]),
+        ),
+        ("channel_binding", word(&["disable", "prefer"])),
+        ("load_balance_hosts", word(&["disable"])),
+    ]
+    .map(|(keyword, value)| (Just(keyword), value));
+    let others: Vec<_> = free.into_iter().chain(words).collect();
+    let count = others.len();
+    (
+        lists,
+        prop::sample::subsequence(others, 0..=count).prop_flat_map(|chosen| chosen),
+    )
+        .prop_map(|((host, hostaddr, port), others)| {
+            let mut all: BTreeMap<_, _> = others.into_iter().collect();
+            all.extend([("host", host), ("hostaddr", hostaddr)]);
+            all.extend(port.map(|port| ("port", port)));
+            all
+        })
+}
+
+/// What tokio-postgres documents these to mean, for one of several hosts.
+fn meaning(keywords: &BTreeMap<&str, String>, nth: usize) -> Option<Config> {
+    let mut config = Config::new();
+    for (keyword, value) in keywords {
+        let of_list = || {
+            value
+                .split(',')
+                .nth(nth)
+                .or(value.split(',').next())
+                .unwrap()
+        };
+        let seconds = || match value.parse::<i64>() {
+            Ok(seconds) => Some((seconds > 0).then(|| Duration::from_secs(seconds as u64))),
+            Err(_) => None,
+        };
+        let config = &mut config;
+        match (*keyword, value.as_str()) {
+            ("user", _) => config.user(value),
+            ("password", _) => config.password(value),
+            ("dbname", _) => config.dbname(value),
+            ("options", _) => config.options(value),
+            ("application_name", _) => config.application_name(value),
+            ("host", _) => config.host(of_list()),
+            ("hostaddr", _) => config.hostaddr(of_list().parse().ok()?),
+            ("port", _) => config.port(of_list().parse().ok()?),
+            ("sslmode", "disable") => config.ssl_mode(SslMode::Disable),
+            ("sslmode", "prefer") => config.ssl_mode(SslMode::Prefer),
+            ("sslnegotiation", "postgres") => config.ssl_negotiation(SslNegotiation::Postgres),
+            ("load_balance_hosts", "disable") => {
+                config.load_balance_hosts(LoadBalanceHosts::Disable)
+            }
+            ("channel_binding", "disable") => config.channel_binding(ChannelBinding::Disable),
+            ("channel_binding", "prefer") => config.channel_binding(ChannelBinding::Prefer),
+            ("target_session_attrs", "any") => config.target_session_attrs(TargetSessionAttrs::Any),
+            ("target_session_attrs", "read-write") => {
+                config.target_session_attrs(TargetSessionAttrs::ReadWrite)
+            }
+            ("target_session_attrs", "read-only") => {
+                config.target_session_attrs(TargetSessionAttrs::ReadOnly)
+            }
+            ("keepalives", _) => config.keepalives(value.parse::<u64>().ok()? != 0),
+            ("keepalives_retries", _) => config.keepalives_retries(value.parse().ok()?),
+            (keyword, _) => match (keyword, seconds()?) {
+                ("connect_timeout", Some(time)) => config.connect_timeout(time),
+                ("tcp_user_timeout", Some(time)) => config.tcp_user_timeout(time),
+                ("keepalives_idle", Some(time)) => config.keepalives_idle(time),
+                ("keepalives_interval", Some(time)) => config.keepalives_interval(time),
+                (_, None) => config,
+                _ => return None,
+            },
+        };
+    }
+    Some(config)
+}
+
+proptest! {
+    #![proptest_config(many(300))]
+
+    #[test]
+    fn any_settings_mean_what_they_say_or_are_refused_by_name(
+        keywords in keywords(),
+        prefix in select(&["PG.", "PG__", "pg."][..]),
+    ) {
+        let name = |keyword: &str| format!("{prefix}{}", keyword.to_uppercase());
+        let run = demo(&vars(keywords.iter().map(|(keyword, value)| (name(keyword), value))));
+        prop_assert_eq!(run.code, Some(1), "nobody listens there: {}", run.output);
+        prop_assert!(!run.output.contains(SECRET), "{}", run.output);
+
+        let entries = |keyword| keywords.get(keyword).map_or(0, |list: &String| list.split(',').count());
+        let (hosts, ports) = (entries("host"), entries("port"));
+        let equal = hosts == entries("hostaddr") && (ports <= 1 || ports == hosts);
+        let wrong = keywords.keys().filter(|keyword| {
+            let alone = BTreeMap::from([(**keyword, keywords[*keyword].clone())]);
+            meaning(&alone, 0).is_none()
+        });
+        let mut wrong = wrong.peekable();
+        if wrong.peek().is_some() {
+            let named = |keyword| run.error().starts_with(&format!("Error: {}: ", name(keyword)));
+            let in_range = |keyword| run.error().starts_with(&format!("Error: {} is not in", name(keyword)));
+            prop_assert!(wrong.any(|keyword| named(keyword) || in_range(keyword)), "{}", run.output);
+        } else if equal {
+            let all: Vec<Config> = (0..hosts).map(|nth| meaning(&keywords, nth).unwrap()).collect();
+            let settings = format!("Settings {{ pg: {all:?}, db_ca_cert: None }}");
+            prop_assert!(run.output.contains(&settings), "not {}, but {}", settings, run.output);
+        } else {
+            prop_assert!(run.error().contains("lists of different lengths"), "{}", run.output);
+        }
+    }
+}
+
+/// Of a client: what it says at start-up, and its password.
+type Said = [Vec<u8>; 2];
+
+/// A server that asks every client for its password, and passes on what it hears.
+static LISTENER: LazyLock<(Fake, Mutex<Receiver<Said>>)> = LazyLock::new(|| {
+    let (send, receive) = channel();
+    let fake = Fake::new(move |mut wire| {
+        let send = send.clone();
+        async move {
+            let hello = startup(&mut wire).await?;
+            wire.write_all(CLEARTEXT_PASSWORD).await?;
+            let (_, password) = message(&mut wire).await?;
+            send.send([hello, password]).unwrap();
+            Ok(())
+        }
+    });
+    (fake, receive.into())
+});
+
+proptest! {
+    #![proptest_config(many(200))]
+
+    #[test]
+    fn any_text_reaches_the_server_as_it_is(
+        texts in prop::collection::vec(text(), 4),
+        password in text(),
+    ) {
+        let (fake, heard) = &*LISTENER;
+        let password = format!("{SECRET}{password}");
+        let port = fake.port.to_string();
+        let [user, dbname, options, application] = &texts[..] else { unreachable!() };
+        let run = demo(&vars([
+            ("PG.HOSTADDR", "127.0.0.1"), ("PG.PORT", &port), ("PG.PASSWORD", &password),
+            ("PG.USER", user), ("PG__DBNAME", dbname), ("pg.options", options),
+            ("PG.APPLICATION_NAME", application),
+        ]));
+        prop_assert!(run.error().contains("connection closed"), "{}", run.output);
+        prop_assert!(!run.output.contains(SECRET), "{}", run.output);
+        let [hello, said] = heard.lock().unwrap().recv_timeout(Duration::from_secs(60)).unwrap();
+        let expected = format!(
+            "client_encoding\0UTF8\0user\0{user}\0database\0{dbname}\0options\0{options}\0\
+             application_name\0{application}\0\0"
+        );
+        prop_assert_eq!(String::from_utf8_lossy(&hello[4..]), expected);
+        prop_assert_eq!(said, format!("{password}\0").into_bytes());
+    }
+}
+
+/// Two roots with more around them: enough that any line may be hit.
+static BUNDLE: LazyLock<String> = LazyLock::new(|| {
+    let rds = fs::read_to_string("ca-certificates/global-bundle.pem").unwrap();
+    let rsa = rds
+        .split_inclusive("-----END CERTIFICATE-----\n")
+        .next()
+        .unwrap();
+    let authority = Authority::new(KeyType::Ecc384).unwrap();
+    let key = authority.issue(ENDPOINT, |_| {}).unwrap().key;
+    format!("# roots\n{rsa}\n{key}{}# end\n", authority.root())
+});
+
+#[derive(Clone, Debug)]
+enum Change {
+    Set(Index, u8),
+    Insert(Index, Vec<u8>),
+    Remove(Index, u8),
+    CutAfter(Index),
+    RemoveLine(Index),
+    RepeatLine(Index),
+    SwapLines(Index, Index),
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    let index = any::<Index>;
+    prop_oneof![
+        4 => (index(), any::<u8>()).prop_map(|(i, byte)| Change::Set(i, byte)),
+        4 => (index(), select(&b"AZaz09+/=-\r\n "[..])).prop_map(|(i, byte)| Change::Set(i, byte)),
+        2 => (index(), prop::collection::vec(any::<u8>(), 1..5)).prop_map(|(i, b)| Change::Insert(i, b)),
+        2 => (index(), any::<u8>()).prop_map(|(i, n)| Change::Remove(i, n)),
+        1 => index().prop_map(Change::CutAfter),
+        2 => index().prop_map(Change::RemoveLine),
+        2 => index().prop_map(Change::RepeatLine),
+        2 => (index(), index()).prop_map(|(i, j)| Change::SwapLines(i, j)),
+    ]
+}
+
+fn changed(mut file: Vec<u8>, change: &Change) -> Vec<u8> {
+    if file.is_empty() {
+        return file;
+    }
+    let size = file.len();
+    let mut lines: Vec<&[u8]> = file.split_inclusive(|byte| *byte == b'\n').collect();
+    match change {
+        Change::RemoveLine(i) => drop(lines.remove(i.index(lines.len()))),
+        Change::RepeatLine(i) => lines.insert(i.index(lines.len()), lines[i.index(lines.len())]),
+        Change::SwapLines(i, j) => {
+            let count = lines.len();
+            lines.swap(i.index(count), j.index(count));
+        }
+        Change::Set(i, byte) => {
+            file[i.index(size)] = *byte;
+            return file;
+        }
+        Change::Insert(i, bytes) => {
+            file.splice(i.index(size)..i.index(size), bytes.iter().copied());
+            return file;
+        }
+        Change::Remove(i, count) => {
+            file.drain(i.index(size)..size.min(i.index(size) + usize::from(*count)));
+            return file;
+        }
+        Change::CutAfter(i) => {
+            file.truncate(i.index(size));
+            return file;
+        }
+    }
+    lines.concat()
+}
+
+/// The content of each block of base64 in the file, read more generously than PEM is defined.
+fn blocks(file: &[u8]) -> Vec<Vec<u8>> {
+    let text = String::from_utf8_lossy(file);
+    let blocks = text.split("-----BEGIN").skip(1).map(|block| {
+        let body = block.split_once("-----").unwrap_or_default().1;
+        let body = body.split("-----").next().unwrap_or_default();
+        let lax = GeneralPurposeConfig::new()
+            .with_decode_allow_trailing_bits(true)
+            .with_decode_padding_mode(DecodePaddingMode::RequireNone);
+        let letter = |c: &char| c.is_ascii_alphanumeric() || ['+', '/'].contains(c);
+        GeneralPurpose::new(&STANDARD, lax).decode(body.chars().filter(letter).collect::<String>())
+    });
+    blocks.filter_map(Result::ok).collect()
+}
+
+/// The name and the key that make a trust anchor.
+type Root = (Vec<u8>, Vec<u8>);
+
+/// Whether the root's name and key both are in one block.
+fn is_in(file: &[u8], (subject, key): &Root) -> bool {
+    let has = |block: &[u8], part: &[u8]| block.windows(part.len()).any(|window| window == part);
+    blocks(file)
+        .iter()
+        .any(|block| has(block, subject) && has(block, key))
+}
+
+/// Those that the program has logged at `trace`.
+fn anchors(output: &str) -> Vec<Root> {
+    let line = output
+        .lines()
+        .find(|line| line.contains("[TrustAnchor {"))
+        .unwrap_or_default();
+    let bytes = |hex: &str| {
+        let digits = hex
+            .as_bytes()
+            .chunks(2)
+            .map(|pair| str::from_utf8(pair).unwrap());
+        digits
+            .map(|pair| u8::from_str_radix(pair, 16).unwrap())
+            .collect()
+    };
+    let anchors = line
+        .split("TrustAnchor { subject: 0x")
+        .skip(1)
+        .map(|anchor| {
+            let (subject, rest) = anchor.split_once(", subject_public_key_info: 0x").unwrap();
+            (bytes(subject), bytes(rest.split_once(',').unwrap().0))
+        });
+    anchors.collect()
+}
+
+fn roots_of(file: &[u8]) -> (String, Vec<Root>) {
+    let path = tempfile::NamedTempFile::new().unwrap();
+    fs::write(&path, file).unwrap();
+    let run = demo(&vars([
+        ("PG.HOST", ENDPOINT),
+        ("PG.HOSTADDR", "127.0.0.1"),
+        ("PG.PORT", "1"),
+        ("DB_CA_CERT", path.path().to_str().unwrap()),
+    ]));
+    assert_eq!(run.code, Some(1), "nobody listens there: {}", run.output);
+    (run.error().to_owned(), anchors(&run.output))
+}
+
+#[test]
+fn the_file_as_it_is_yields_its_two_roots() {
+    let (error, roots) = roots_of(BUNDLE.as_bytes());
+    assert!(error.contains("Connection refused"), "{error}");
+    assert_eq!(roots.len(), 2);
+    assert!(roots.iter().all(|root| is_in(BUNDLE.as_bytes(), root)));
+    // The check would notice: another root is not in it.
+    let (_, others) = roots_of(Authority::new(KeyType::Ecc384).unwrap().root().as_bytes());
+    assert!(!is_in(BUNDLE.as_bytes(), &others[0]));
+}
+
+proptest! {
+    #![proptest_config(many(300))]
+
+    #[test]
+    fn any_file_yields_no_root_that_is_not_in_it(changes in prop::collection::vec(change(), 1..4)) {
+        let file = changes.iter().fold(BUNDLE.clone().into_bytes(), changed);
+        let (error, roots) = roots_of(&file);
+        if roots.is_empty() {
+            prop_assert!(error.contains("(DB_CA_CERT)"), "{}", error);
+        } else {
+            prop_assert!(error.contains("Connection refused"), "{}", error);
+            for root in roots {
+                prop_assert!(is_in(&file, &root), "{:?}", root);
+            }
+        }
+    }
+}
