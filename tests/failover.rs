@@ -1,0 +1,105 @@
+//! Two servers, a primary and its standby: the variables that find the one that writes find it
+//! again after a failover, without a change.
+
+mod support;
+
+use local_rds::{ENDPOINT, LocalRds};
+use support::{Run, Var, demo, eventually, with};
+
+fn hosts(of: &[&LocalRds], change: &[(&str, &str)]) -> Vec<Var> {
+    let list = |entry: &dyn Fn(&LocalRds) -> String| {
+        of.iter()
+            .map(|rds| entry(rds))
+            .collect::<Vec<_>>()
+            .join(",")
+    };
+    let host = list(&|_| ENDPOINT.to_owned());
+    let hostaddr = list(&|_| "127.0.0.1".to_owned());
+    let port = list(&|rds| rds.port().to_string());
+    let lists = [
+        ("PG.HOST", &*host),
+        ("PG.HOSTADDR", &*hostaddr),
+        ("PG.PORT", &*port),
+    ];
+    with(of[0], &[&lists, change].concat())
+}
+
+/// How often the server has let the master user in.
+fn sessions(rds: &LocalRds) -> usize {
+    rds.log()
+        .unwrap()
+        .matches("connection authorized: user=postgres")
+        .count()
+}
+
+/// Runs the program, which is to end up at `there` and nowhere else.
+#[track_caller]
+fn ends_up(there: &LocalRds, vars: &[Var]) -> Run {
+    let before = sessions(there);
+    let run = demo(vars);
+    run.succeeded();
+    eventually("it has been there", || sessions(there) == before + 1);
+    run
+}
+
+#[test]
+fn the_same_variables_find_the_primary_before_a_failover_and_after() {
+    let primary = LocalRds::builder()
+        .setting("log_connections", "on")
+        .start()
+        .unwrap();
+    let standby = primary.standby().unwrap();
+    let streams = "SELECT FROM pg_stat_replication WHERE state = 'streaming'";
+    eventually("it streams", || {
+        !primary
+            .admin()
+            .unwrap()
+            .query(streams, &[])
+            .unwrap()
+            .is_empty()
+    });
+
+    let read_write = ("PG.TARGET_SESSION_ATTRS", "read-write");
+    let read_only = ("PG.TARGET_SESSION_ATTRS", "read-only");
+    let both = [[&primary, &standby], [&standby, &primary]];
+    for of in both {
+        let run = ends_up(&primary, &hosts(&of, &[read_write]));
+        let passed_over = run
+            .output
+            .contains("database does not allow writes; trying the next host");
+        assert_eq!(passed_over, of[0].port() == standby.port());
+        ends_up(&standby, &hosts(&of, &[read_only]));
+        ends_up(of[0], &hosts(&of, &[]));
+    }
+    demo(&hosts(&[&standby], &[read_write])).failed(&[ENDPOINT, "database does not allow writes"]);
+    demo(&hosts(&[&primary], &[read_only])).failed(&[ENDPOINT, "database is not read only"]);
+
+    // In a fair draw of forty, one of the two is missed once in 2^39 times.
+    let before = [&primary, &standby].map(sessions);
+    for _ in 0..40 {
+        demo(&hosts(
+            &[&primary, &standby],
+            &[("PG.LOAD_BALANCE_HOSTS", "random")],
+        ))
+        .succeeded();
+    }
+    eventually("both have been reached", || {
+        sessions(&primary) > before[0] && sessions(&standby) > before[1]
+    });
+
+    let variables = both.map(|of| hosts(&of, &[read_write]));
+    standby
+        .admin()
+        .unwrap()
+        .query("SELECT pg_promote()", &[])
+        .unwrap();
+    // The root certificate is the authority's, and outlives the server.
+    let roots = tempfile::NamedTempFile::new().unwrap();
+    std::fs::copy(primary.roots(), &roots).unwrap();
+    drop(primary);
+    for mut vars in variables {
+        vars.retain(|(name, _)| name != "DB_CA_CERT");
+        vars.push(("DB_CA_CERT".into(), roots.path().into()));
+        ends_up(&standby, &vars);
+    }
+}

@@ -1,0 +1,52 @@
+//! After many runs, some at once, nothing is left behind.
+
+mod support;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use local_rds::LocalRds;
+use support::{demo, eventually, with};
+
+#[test]
+fn five_hundred_runs_leave_no_connection_and_no_error_behind() {
+    let builder = LocalRds::builder().setting("log_min_messages", "debug1");
+    let rds = builder.setting("log_disconnections", "on").start().unwrap();
+    let vars = with(&rds, &[("RUST_LOG", "info")]);
+    let left = AtomicUsize::new(500);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                while left
+                    .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1))
+                    .is_ok()
+                {
+                    demo(&vars).succeeded();
+                }
+            });
+        }
+    });
+
+    let ours = "SELECT FROM pg_stat_activity WHERE usename = 'postgres'";
+    eventually("no connection is left", || {
+        rds.admin().unwrap().query(ours, &[]).unwrap().is_empty()
+    });
+    let ended = || rds.log().unwrap().matches("disconnection: ").count();
+    eventually("each has ended", || ended() >= 500);
+    let log = rds.log().unwrap();
+    for sign in [
+        "ERROR:",
+        "FATAL:",
+        "PANIC:",
+        "WARNING:",
+        "unexpected EOF",
+        "could not",
+        "SSL error",
+    ] {
+        let lines: Vec<_> = log.lines().filter(|line| line.contains(sign)).collect();
+        // What the server says of those who look whether it has started is not of ours.
+        let of_ours = lines
+            .iter()
+            .filter(|line| !line.contains("the database system is starting up"));
+        assert_eq!(of_ours.count(), 0, "{lines:?}");
+    }
+}
