@@ -1,0 +1,80 @@
+//! Counts that cannot flake: how often the program waits for the server, and for how many roots.
+
+#[path = "support/relay.rs"]
+mod relay;
+mod support;
+
+use std::time::Duration;
+
+use local_rds::LocalRds;
+use relay::Relay;
+use support::{RDS, demo, with};
+
+/// The round trips of a run: TCP, SSLRequest, TLS, start-up, SCRAM's two, and the query.
+#[track_caller]
+fn round_trips(rds: &LocalRds, change: &[(&str, &str)]) -> usize {
+    let relay = Relay::new(rds.port(), Duration::from_millis(50));
+    let port = relay.port.to_string();
+    demo(&with(
+        rds,
+        &[&[("PG.PORT", port.as_str())], change].concat(),
+    ))
+    .succeeded();
+    let [round_trips] = relay.round_trips()[..] else {
+        panic!("more than one connection")
+    };
+    round_trips
+}
+
+#[test]
+fn a_stock_server_is_asked_and_waited_for_seven_times() {
+    assert_eq!(round_trips(&RDS, &[]), 7);
+}
+
+#[test]
+fn direct_tls_saves_one() {
+    match RDS.version().unwrap() {
+        17.. => assert_eq!(round_trips(&RDS, &[("PG.SSLNEGOTIATION", "direct")]), 6),
+        old => eprintln!("PostgreSQL {old} has no direct TLS: not tested"),
+    }
+}
+
+#[test]
+fn without_tls_it_is_two_fewer() {
+    let rds = LocalRds::builder().force_ssl(false).start().unwrap();
+    assert_eq!(round_trips(&rds, &[("DB_CA_CERT", "")]), 5);
+}
+
+#[test]
+fn tls_1_2_takes_one_more() {
+    let rds = LocalRds::builder()
+        .setting("ssl_max_protocol_version", "TLSv1.2")
+        .start()
+        .unwrap();
+    assert_eq!(round_trips(&rds, &[]), 8);
+}
+
+#[test]
+fn a_server_with_another_curve_alone_takes_one_more_and_works() {
+    let rds = LocalRds::builder()
+        .setting("ssl_ecdh_curve", "secp384r1")
+        .start()
+        .unwrap();
+    assert_eq!(round_trips(&rds, &[]), 8);
+}
+
+#[test]
+fn all_of_the_bundle_is_loaded_and_no_more() {
+    for (file, count) in [
+        ("ca-certificates/global-bundle.pem", 108),
+        (RDS.roots().to_str().unwrap(), 1),
+    ] {
+        let run = demo(&with(&RDS, &[("DB_CA_CERT", file)]));
+        assert!(
+            run.output
+                .contains(&format!("trust anchors in {file}: {count}\n")),
+            "{}",
+            run.output
+        );
+    }
+}
