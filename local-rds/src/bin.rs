@@ -3,34 +3,47 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 /// The folder with `initdb` and `postgres`: that of `LOCAL_RDS_BIN`, or else the first found.
 pub fn folder() -> Result<PathBuf> {
-    if let Some(folder) = std::env::var_os("LOCAL_RDS_BIN") {
-        let folder = PathBuf::from(folder);
+    let folders = folders();
+    if let (Some(_), Some(folder)) = (std::env::var_os("LOCAL_RDS_BIN"), folders.first()) {
+        let folder_of = folder.display();
         ensure!(
-            has_server(&folder),
-            "no initdb and postgres in LOCAL_RDS_BIN {}",
-            folder.display()
+            has_server(folder),
+            "no initdb and postgres in LOCAL_RDS_BIN {folder_of}"
         );
-        return Ok(folder);
     }
-    let mut candidates = Vec::new();
-    if let Ok(out) = Command::new("pg_config").arg("--bindir").output() {
-        candidates.push(PathBuf::from(String::from_utf8_lossy(&out.stdout).trim()));
-    }
-    // Debian's and Ubuntu's, the newest first; then Homebrew's on Apple silicon and on Intel.
-    candidates.extend(versions("/usr/lib/postgresql", ""));
-    candidates.extend(versions("/opt/homebrew/opt", "postgresql@"));
-    candidates.extend(versions("/usr/local/opt", "postgresql@"));
-    match candidates.into_iter().find(|folder| has_server(folder)) {
+    match folders.into_iter().find(|folder| has_server(folder)) {
         Some(folder) => Ok(folder),
         None => bail!(
             "no PostgreSQL server on this machine: install it (Debian: apt-get install postgresql; \
              macOS: brew install postgresql@18), or set LOCAL_RDS_BIN to the folder of its programs"
         ),
     }
+}
+
+/// psql itself, which on Debian is not the `psql` of `PATH`: that is a script which looks for it.
+pub fn psql() -> Result<PathBuf> {
+    let mut programs = folders().into_iter().map(|folder| folder.join("psql"));
+    programs
+        .find(|psql| psql.is_file())
+        .context("no psql on this machine")
+}
+
+/// Where PostgreSQL's programs may be: the folder to use first, then the others.
+fn folders() -> Vec<PathBuf> {
+    let mut folders = Vec::new();
+    folders.extend(std::env::var_os("LOCAL_RDS_BIN").map(PathBuf::from));
+    if let Ok(out) = Command::new("pg_config").arg("--bindir").output() {
+        folders.push(PathBuf::from(String::from_utf8_lossy(&out.stdout).trim()));
+    }
+    // Debian's and Ubuntu's, the newest first; then Homebrew's on Apple silicon and on Intel.
+    folders.extend(versions("/usr/lib/postgresql", ""));
+    folders.extend(versions("/opt/homebrew/opt", "postgresql@"));
+    folders.extend(versions("/usr/local/opt", "postgresql@"));
+    folders
 }
 
 fn has_server(folder: &Path) -> bool {

@@ -13,6 +13,7 @@ mod bin;
 mod certificates;
 mod server;
 
+pub use bin::psql;
 pub use certificates::{Authority, KeyType, ServerCertificate};
 pub use server::{Builder, LocalRds};
 

@@ -1,0 +1,182 @@
+//! The program beside `psql sslmode=verify-full`: the same server, roots and query, in pairs.
+//!
+//! Times are quoted as ratios: the machine's speed is in both halves of a pair. Round trips are
+//! counted by a relay, and sizes are what the operating system says of a process.
+
+#[path = "../tests/support/relay.rs"]
+mod relay;
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use local_rds::{LocalRds, psql};
+use relay::Relay;
+use wait4::Wait4;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_tokio-postgres-rustls-rds-demo");
+const QUERY: &str = "SELECT * FROM information_schema.information_schema_catalog_name";
+/// The first argument of this very program when it is to run another and measure it.
+const MEASURE: &str = "--measure-in-a-small-process";
+
+/// What a run took: seconds on the clock, seconds of CPU, and bytes of memory at its peak.
+#[derive(Clone, Copy)]
+struct Run {
+    wall: f64,
+    cpu: f64,
+    peak: f64,
+}
+
+fn main() -> Result<()> {
+    let mut args = std::env::args().skip(1);
+    if args.next().as_deref() == Some(MEASURE) {
+        return measure(args);
+    }
+
+    let rds = LocalRds::builder().start()?;
+    let mut roots = std::fs::read("ca-certificates/global-bundle.pem")?;
+    roots.extend(std::fs::read(rds.roots())?);
+    let file = tempfile::NamedTempFile::new()?;
+    std::fs::write(&file, roots)?;
+    let psql = psql()?;
+
+    let server = rds.version()?;
+    let client = Command::new(&psql).arg("--version").output()?.stdout;
+    println!(
+        "server: PostgreSQL {server}; {}",
+        String::from_utf8(client)?.trim()
+    );
+    println!(
+        "size of the program: {:.2} MiB\n",
+        mebibytes(std::fs::metadata(PROGRAM)?.len() as f64)
+    );
+    println!(
+        "{:<34}{:>26}{:>26}{:>22}",
+        "median (least to most)", "program", "psql", "ratio"
+    );
+
+    for (round_trip, pairs) in [(0, 100), (50, 10)] {
+        let relay = Relay::new(rds.port(), Duration::from_millis(round_trip));
+        let port = if round_trip == 0 {
+            rds.port()
+        } else {
+            relay.port
+        };
+        let pair = || -> Result<[Run; 2]> {
+            Ok([
+                run(Path::new(PROGRAM), &[], &rds, file.path(), port, &[])?,
+                run(&psql, &["-XAtc", QUERY], &rds, file.path(), port, &[])?,
+            ])
+        };
+        pair()?; // Not counted: the first has the programs to read from the disk.
+        let mut all = (0..pairs).map(|_| pair()).collect::<Result<Vec<_>>>()?;
+        all.sort_by(|a, b| a[0].wall.total_cmp(&b[0].wall));
+        row(&format!("wall, {round_trip} ms away (ms)"), &all, |run| {
+            run.wall * 1e3
+        });
+        if round_trip == 0 {
+            row("CPU (ms)", &all, |run| run.cpu * 1e3);
+            row("peak memory (MiB)", &all, |run| mebibytes(run.peak));
+        }
+    }
+
+    let count = |program: &Path, args: &[&str], more: &[(&str, &str)]| -> Result<usize> {
+        let relay = Relay::new(rds.port(), Duration::from_millis(50));
+        run(program, args, &rds, file.path(), relay.port, more)?;
+        relay.round_trips().pop().context("it has not connected")
+    };
+    let stock = [
+        count(Path::new(PROGRAM), &[], &[])?,
+        count(&psql, &["-XAtc", QUERY], &[])?,
+    ];
+    println!(
+        "{:<34}{:>26}{:>26}{:>22.2}",
+        "round trips",
+        stock[0],
+        stock[1],
+        stock[0] as f64 / stock[1] as f64
+    );
+    let name = "round trips, direct TLS";
+    if server >= 17 {
+        let direct = count(Path::new(PROGRAM), &[], &[("PG.SSLNEGOTIATION", "direct")])?;
+        println!("{name:<34}{direct:>26}");
+    } else {
+        println!("{name:<34}{:>26}", "needs PostgreSQL 17");
+    }
+    Ok(())
+}
+
+/// One line of the table: of either program, and of their ratios pair by pair.
+fn row(name: &str, pairs: &[[Run; 2]], value: impl Fn(&Run) -> f64) {
+    let spread = |mut all: Vec<f64>, digits: usize| {
+        all.sort_by(f64::total_cmp);
+        let (least, most) = (all[0], all[all.len() - 1]);
+        format!(
+            "{:.digits$} ({least:.digits$} to {most:.digits$})",
+            all[all.len() / 2]
+        )
+    };
+    let of = |nth: usize| spread(pairs.iter().map(|pair| value(&pair[nth])).collect(), 1);
+    let ratio = spread(pairs.iter().map(|[a, b]| value(a) / value(b)).collect(), 2);
+    println!("{name:<34}{:>26}{:>26}{ratio:>22}", of(0), of(1));
+}
+
+fn mebibytes(bytes: f64) -> f64 {
+    bytes / f64::from(1 << 20)
+}
+
+/// Runs a program in an environment where it connects to `port` with these roots.
+fn run(
+    program: &Path,
+    args: &[&str],
+    rds: &LocalRds,
+    roots: &Path,
+    port: u16,
+    more: &[(&str, &str)],
+) -> Result<Run> {
+    let port = port.to_string();
+    let output = Command::new(std::env::current_exe()?)
+        .arg(MEASURE)
+        .arg(program)
+        .args(args)
+        // Cargo's LD_LIBRARY_PATH would have both search for their libraries in its folders.
+        .env_clear()
+        .envs(rds.env())
+        .envs(rds.libpq_env())
+        .envs([("PG.PORT", &port), ("PGPORT", &port)])
+        .envs([("DB_CA_CERT", roots), ("PGSSLROOTCERT", roots)])
+        .envs(more.iter().copied())
+        .output()?;
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let text = String::from_utf8(output.stdout)?;
+    let [wall, cpu, peak] = *text
+        .split_whitespace()
+        .map(str::parse)
+        .collect::<Result<Vec<f64>, _>>()?
+    else {
+        anyhow::bail!("{text}")
+    };
+    Ok(Run { wall, cpu, peak })
+}
+
+/// A process inherits the peak of the one that starts it, so that one has to be small: not the
+/// bench with its threads and its relay, but this.
+fn measure(mut args: impl Iterator<Item = String>) -> Result<()> {
+    let mut command = Command::new(args.next().context("no program")?);
+    command
+        .args(args)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let start = Instant::now();
+    let used = command.spawn()?.wait4()?;
+    let wall = start.elapsed().as_secs_f64();
+    ensure!(used.status.success(), "{command:?}: {}", used.status);
+    let cpu = used.rusage.utime + used.rusage.stime;
+    println!("{wall} {} {}", cpu.as_secs_f64(), used.rusage.maxrss);
+    Ok(())
+}
