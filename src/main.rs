@@ -78,7 +78,10 @@ impl Settings {
                 ensure!(in_range, "{name} is not in {range:?}");
             }
             if let Some((twin, other)) = found.insert(key, (name.clone(), value.clone())) {
-                ensure!(other == value, "{twin} and {name} contradict each other");
+                ensure!(
+                    other == value,
+                    "{twin} and {name} are one setting, with two values"
+                );
             }
         }
 

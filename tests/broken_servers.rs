@@ -18,12 +18,11 @@ use std::io::Error;
 use std::thread::scope;
 
 use fake::{
-    CLEARTEXT_PASSWORD, Fake, RUNTIME, WELCOME, Wire, acceptor, message, silence, startup, tls,
+    CLEARTEXT_PASSWORD, Fake, WELCOME, Wire, acceptor, black_hole, message, silence, startup, tls,
 };
 use local_rds::{Authority, ENDPOINT, KeyType, LocalRds};
 use support::{RDS, Run, Var, demo, eventually, with};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
 /// The points at which the client waits for a server.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -239,22 +238,6 @@ fn an_answer_that_is_none_is_an_error() {
 fn a_port_where_nobody_listens_refuses() {
     demo(&with(&RDS, &[("PG.PORT", "1")]))
         .failed(&[&format!("connecting to {ENDPOINT}:1"), "Connection refused"]);
-}
-
-/// A port that answers to TCP as a security group does, not at all: its backlog is full.
-fn black_hole() -> (u16, TcpListener, Vec<TcpStream>) {
-    RUNTIME.block_on(async {
-        let socket = TcpSocket::new_v4().unwrap();
-        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        let listener = socket.listen(0).unwrap();
-        let address = listener.local_addr().unwrap();
-        let mut waiting = Vec::new();
-        let limit = std::time::Duration::from_millis(500);
-        while let Ok(stream) = tokio::time::timeout(limit, TcpStream::connect(address)).await {
-            waiting.push(stream.unwrap());
-        }
-        (address.port(), listener, waiting)
-    })
 }
 
 #[test]

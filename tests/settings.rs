@@ -162,7 +162,7 @@ fn one_setting_with_two_values_is_refused() {
         nowhere(&[(one, values.0), (other, values.1)]).failed(&[
             one,
             other,
-            "contradict each other",
+            "are one setting, with two values",
         ]);
     }
     nowhere(&[("DB_CA_CERT", "/a"), ("db_ca_cert", "/b")]).failed(&["DB_CA_CERT", "db_ca_cert"]);

@@ -11,7 +11,7 @@ use local_rds::ServerCertificate;
 use rustls::ServerConfig;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::runtime::Runtime;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::io::InspectReader;
@@ -110,4 +110,20 @@ pub fn acceptor(certificate: &ServerCertificate) -> TlsAcceptor {
             .with_single_cert(chain, key)
             .unwrap();
     TlsAcceptor::from(Arc::new(config))
+}
+
+/// A port that answers to TCP as a security group does, not at all: its backlog is full.
+pub fn black_hole() -> (u16, TcpListener, Vec<TcpStream>) {
+    RUNTIME.block_on(async {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = socket.listen(0).unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut waiting = Vec::new();
+        let limit = std::time::Duration::from_millis(500);
+        while let Ok(stream) = tokio::time::timeout(limit, TcpStream::connect(address)).await {
+            waiting.push(stream.unwrap());
+        }
+        (address.port(), listener, waiting)
+    })
 }

@@ -1,0 +1,638 @@
+//! The README is true: its commands give its outputs, its tables are complete, its code runs.
+//!
+//! A `<!-- test: … -->` before a command says what there is to connect to. Where the README shows
+//! times, ports and addresses, any will do; all else is compared as it stands.
+
+#[path = "support/fake.rs"]
+mod fake;
+mod support;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+use std::process::Stdio;
+
+use fake::{Fake, acceptor, black_hole, silence, startup, tls};
+use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, PASSWORD};
+use regex::Regex;
+use support::{RDS, Run, demo, eventually, vars, with};
+use tempfile::TempDir;
+use tokio::io::AsyncWriteExt;
+
+const PROJECT: &str = env!("CARGO_MANIFEST_DIR");
+
+fn readme() -> String {
+    fs::read_to_string("README.md").unwrap()
+}
+
+/// The part under a heading, up to the next of its kind.
+fn section(heading: &str) -> String {
+    let readme = readme();
+    let start = readme
+        .find(&format!("\n## {heading}\n"))
+        .unwrap_or_else(|| panic!("no {heading}"));
+    let rest = &readme[start + 4..];
+    rest[..rest.find("\n## ").unwrap_or(rest.len())].to_owned()
+}
+
+/// A command of the README, and where it stands.
+struct Scenario {
+    line: usize,
+    section: String,
+    state: String,
+    command: String,
+    output: String,
+}
+
+fn scenarios() -> Vec<Scenario> {
+    let readme = readme();
+    let lines: Vec<&str> = readme.lines().collect();
+    let block = |from: usize| {
+        lines[from..]
+            .iter()
+            .take_while(|line| **line != "```")
+            .copied()
+    };
+    let mut section = String::new();
+    let mut scenarios = Vec::new();
+    for (nth, line) in lines.iter().enumerate() {
+        if let Some(heading) = line.strip_prefix("## ") {
+            heading.clone_into(&mut section);
+        }
+        if let Some(state) = line.strip_prefix("<!-- test: ") {
+            assert_eq!(lines[nth + 1], "```sh", "README.md:{}", nth + 2);
+            let command: Vec<_> = block(nth + 2).collect();
+            let after = nth + 3 + command.len();
+            let output = if lines[after] == "```text" {
+                block(after + 1).collect()
+            } else {
+                vec![]
+            };
+            scenarios.push(Scenario {
+                line: nth + 3,
+                section: section.clone(),
+                state: state.strip_suffix(" -->").unwrap().to_owned(),
+                command: command.join("\n"),
+                output: output.join("\n"),
+            });
+        }
+    }
+    scenarios
+}
+
+/// What is left when times, ports and addresses may be any.
+fn masked(output: &str) -> String {
+    let mut text = output.trim_end().to_owned();
+    for (any, mask) in [
+        (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME"),
+        (r"(hostaddr|port): \[[^\]]*\]", "$1: []"),
+        (r"\.com:\d+", ".com:PORT"),
+        (r"\d+\.\d+\.\d+\.\d+", "ADDRESS"),
+    ] {
+        text = Regex::new(any)
+            .unwrap()
+            .replace_all(&text, mask)
+            .into_owned();
+    }
+    text
+}
+
+/// The servers that the scenarios are for, all of one authority.
+struct World {
+    folder: TempDir,
+    forced: LocalRds,
+    free: LocalRds,
+    writer: LocalRds,
+    reader: LocalRds,
+}
+
+impl World {
+    fn new() -> Self {
+        let authority = Authority::new(KeyType::Rsa2048).unwrap();
+        let certificate = authority.issue(ENDPOINT, |_| {}).unwrap();
+        let server = || LocalRds::builder().certificate(&certificate, authority.root());
+        let cluster = ["database-1.cluster-xq7", "database-1.cluster-ro-xq7"]
+            .map(|start| format!("{start}f5vzbpq1x.ca-central-1.rds.amazonaws.com"));
+        let names = rcgen::CertificateParams::new(cluster)
+            .unwrap()
+            .subject_alt_names;
+        let certificate = authority
+            .issue(ENDPOINT, |leaf| leaf.subject_alt_names = names)
+            .unwrap();
+        let writer = LocalRds::builder()
+            .certificate(&certificate, authority.root())
+            .start()
+            .unwrap();
+        let reader = writer.standby().unwrap();
+        eventually("it streams", || {
+            let streams = "SELECT FROM pg_stat_replication WHERE state = 'streaming'";
+            !writer
+                .admin()
+                .unwrap()
+                .query(streams, &[])
+                .unwrap()
+                .is_empty()
+        });
+
+        // The project, but for one of the roots, whose place our authority's takes.
+        let folder = TempDir::new().unwrap();
+        for name in [
+            "Cargo.toml",
+            "Cargo.lock",
+            "src",
+            "tests",
+            "benches",
+            "local-rds",
+        ] {
+            symlink(Path::new(PROJECT).join(name), folder.path().join(name)).unwrap();
+        }
+        let roots = fs::read_to_string("ca-certificates/global-bundle.pem").unwrap();
+        let (_, others) = roots.split_once("-----END CERTIFICATE-----\n").unwrap();
+        fs::create_dir(folder.path().join("ca-certificates")).unwrap();
+        let bundle = folder.path().join("ca-certificates/global-bundle.pem");
+        fs::write(bundle, format!("{}{others}", authority.root())).unwrap();
+
+        let (forced, free) = (server().force_ssl(true), server().force_ssl(false));
+        let (forced, free) = (forced.start().unwrap(), free.start().unwrap());
+        // The AWS command line, for the one thing that is asked of it.
+        let aws = folder.path().join("aws");
+        let script = format!(
+            "#!/bin/sh\ntest \"$*\" = 'rds generate-db-auth-token --hostname {ENDPOINT} --port 5432 \
+             --region ca-central-1 --username {IAM_USER}' && echo '{}'\n",
+            forced.iam_token()
+        );
+        fs::write(&aws, script).unwrap();
+        fs::set_permissions(&aws, fs::Permissions::from_mode(0o755)).unwrap();
+        Self {
+            folder,
+            forced,
+            free,
+            writer,
+            reader,
+        }
+    }
+
+    /// Runs a command in this environment, and returns its output and the environment after it.
+    fn run(
+        &self,
+        command: &str,
+        project: bool,
+        env: &BTreeMap<String, String>,
+    ) -> (String, BTreeMap<String, String>) {
+        let after = self.folder.path().join("environment");
+        let input = self.folder.path().join("input");
+        fs::write(&input, format!("{PASSWORD}\n")).unwrap();
+        let script = format!("exec 2>&1\n{command}\nenv -0 >'{}'", after.display());
+        let folder = if project {
+            Path::new(PROJECT)
+        } else {
+            self.folder.path()
+        };
+        let output = std::process::Command::new("bash")
+            .args(["-c", &script])
+            .current_dir(folder)
+            .env_clear()
+            .envs(env)
+            .stdin(Stdio::from(fs::File::open(input).unwrap()))
+            .output()
+            .unwrap();
+        let after = fs::read_to_string(after).unwrap();
+        let after = after
+            .split_terminator('\0')
+            .filter_map(|var| var.split_once('='));
+        let after = after
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .collect();
+        (String::from_utf8(output.stdout).unwrap(), after)
+    }
+}
+
+#[test]
+fn its_commands_give_its_outputs() {
+    let world = World::new();
+    let (hole, ..) = &black_hole();
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR"))
+        .parent()
+        .unwrap()
+        .to_str()
+        .unwrap();
+    let path = format!(
+        "{}:{}",
+        world.folder.path().display(),
+        std::env::var("PATH").unwrap()
+    );
+    let mut shell = BTreeMap::from([("PATH", path.as_str()), ("CARGO_TARGET_DIR", target)]);
+    let inherited: Vec<_> = std::env::vars().collect();
+    for (name, value) in &inherited {
+        if [
+            "HOME",
+            "CARGO_HOME",
+            "RUSTUP_HOME",
+            "LOCAL_RDS_BIN",
+            "TMPDIR",
+        ]
+        .contains(&name.as_str())
+        {
+            shell.insert(name, value);
+        }
+    }
+    let shell: BTreeMap<_, _> = shell
+        .into_iter()
+        .map(|(n, v)| (n.to_owned(), v.to_owned()))
+        .collect();
+
+    // Each section goes on where the walkthrough has ended; within one it is the same shell.
+    let mut walkthrough = shell.clone();
+    let mut current = (String::new(), shell.clone());
+    let mut count = 0;
+    for scenario in scenarios() {
+        let Scenario {
+            line,
+            section,
+            state,
+            command,
+            output,
+        } = scenario;
+        let (state, needs) = state.split_once(", PostgreSQL ").unwrap_or((&state, "0"));
+        if world.forced.version().unwrap() < needs.parse().unwrap() {
+            eprintln!("README.md:{line} needs PostgreSQL {needs}: passed over");
+            continue;
+        }
+        if command.contains("/etc/ssl/certs/")
+            && !fs::exists("/etc/ssl/certs/ca-certificates.crt").unwrap()
+        {
+            eprintln!("README.md:{line} is for Debian: passed over");
+            continue;
+        }
+        if section != current.0 {
+            current = (section, walkthrough.clone());
+        }
+        let one = |port: u16| ("127.0.0.1".to_owned(), port.to_string());
+        let place = match state {
+            "the project" | "variables" => None,
+            "no route" => Some(one(*hole)),
+            "rds.force_ssl=0" => Some(one(world.free.port())),
+            "rds.force_ssl=1" | "iam" => Some(one(world.forced.port())),
+            "cluster" => {
+                let ports = format!("{},{}", world.reader.port(), world.writer.port());
+                Some(("127.0.0.1,127.0.0.1".to_owned(), ports))
+            }
+            other => panic!("README.md:{line}: no such state: {other}"),
+        };
+        let mut env = if state == "the project" {
+            shell.clone()
+        } else {
+            current.1.clone()
+        };
+        if let Some((addresses, ports)) = place {
+            env.extend([
+                ("PG__HOSTADDR".to_owned(), addresses),
+                ("PG__PORT".to_owned(), ports),
+            ]);
+        }
+        let (printed, after) = world.run(&command, state == "the project", &env);
+        assert_eq!(
+            masked(&printed),
+            masked(&output),
+            "README.md:{line}: {command}"
+        );
+        assert!(!printed.contains(PASSWORD));
+        if state != "the project" {
+            current.1 = after;
+        }
+        if current.0 == "Against your RDS instance" {
+            walkthrough = current.1.clone();
+        }
+        count += 1;
+    }
+    assert!(count >= 13, "only {count} of its commands have been found");
+}
+
+/// The cells of a table's rows.
+fn table(section: &str) -> Vec<Vec<String>> {
+    let rows = section.lines().filter(|line| line.starts_with('|')).skip(2);
+    rows.map(|row| {
+        row.trim_matches('|')
+            .split(" | ")
+            .map(|cell| cell.trim().to_owned())
+            .collect()
+    })
+    .collect()
+}
+
+/// What is in backticks.
+fn quoted(cell: &str) -> Vec<&str> {
+    cell.split('`').skip(1).step_by(2).collect()
+}
+
+#[test]
+fn its_table_of_settings_has_all_that_are_accepted_with_values_that_are() {
+    let mut listed = BTreeSet::new();
+    for row in table(&section("Settings")) {
+        let name = quoted(&row[0])[0].to_owned();
+        for value in quoted(&row[1])
+            .into_iter()
+            .filter(|v| !v.starts_with("PG.") && *v != "DB_CA_CERT")
+        {
+            let mut all = BTreeMap::from([
+                ("PG.HOST", "localhost"),
+                ("PG.PORT", "1"),
+                ("DB_CA_CERT", "ca-certificates/global-bundle.pem"),
+            ]);
+            all.insert(&name, value);
+            let run = demo(&vars(all));
+            for refusal in [
+                "unknown option",
+                "invalid value for option",
+                "is not in",
+                "is empty",
+            ] {
+                assert!(
+                    !run.error().contains(refusal),
+                    "{name}={value}: {}",
+                    run.error()
+                );
+            }
+        }
+        listed.insert(name);
+    }
+    let keywords = [
+        "user",
+        "password",
+        "dbname",
+        "options",
+        "application_name",
+        "sslmode",
+        "sslnegotiation",
+        "host",
+        "hostaddr",
+        "port",
+        "connect_timeout",
+        "tcp_user_timeout",
+        "keepalives",
+        "keepalives_idle",
+        "keepalives_interval",
+        "keepalives_retries",
+        "target_session_attrs",
+        "channel_binding",
+        "load_balance_hosts",
+    ];
+    let mut expected: BTreeSet<_> = keywords
+        .map(|keyword| format!("PG.{}", keyword.to_uppercase()))
+        .into();
+    expected.extend(["DB_CA_CERT".to_owned(), "RUST_LOG".to_owned()]);
+    assert_eq!(listed, expected);
+}
+
+/// Runs that end in the errors of the table, by the words that it knows them by.
+fn provoked() -> BTreeMap<&'static str, Run> {
+    let of = |change: &[(&str, &str)]| demo(&with(&RDS, change));
+    let at = |port: u16, change: &[(&str, &str)]| {
+        of(&[
+            &[
+                ("PG.PORT", port.to_string().as_str()),
+                ("PG.CONNECT_TIMEOUT", "2"),
+            ],
+            change,
+        ]
+        .concat())
+    };
+    let (hole, ..) = &black_hole();
+    let silent = Fake::new(silence);
+    let no_tls = Fake::new(|mut wire| async move {
+        startup(&mut wire).await?;
+        wire.write_all(b"N").await?;
+        silence(wire).await
+    });
+    let authority = Authority::new(KeyType::Ecc384).unwrap();
+    let yesterday = time::OffsetDateTime::now_utc() - time::Duration::DAY;
+    let expired = acceptor(
+        &authority
+            .issue(ENDPOINT, |leaf| leaf.not_after = yesterday)
+            .unwrap(),
+    );
+    let expired = Fake::new(move |wire| {
+        let expired = expired.clone();
+        async move { silence(tls(wire, &expired).await?).await }
+    });
+    let roots = tempfile::NamedTempFile::new().unwrap();
+    fs::write(&roots, authority.root()).unwrap();
+    let iam = [
+        ("PG.USER", IAM_USER),
+        ("PG.PASSWORD", &RDS.iam_token()),
+        ("PG.CHANNEL_BINDING", "require"),
+    ];
+    let full = LocalRds::builder()
+        .setting("max_connections", "4")
+        .setting("superuser_reserved_connections", "2")
+        .setting("max_wal_senders", "0");
+    let full = full.start().unwrap();
+    let sessions = [full.admin().unwrap(), full.admin().unwrap()];
+    let full_run = demo(&with(&full, &[]));
+    drop(sessions);
+    let primary = LocalRds::builder().start().unwrap();
+    let standby = primary.standby().unwrap();
+    let ending = LocalRds::builder().start().unwrap();
+    let ended = ended_while_it_waits(&ending);
+    let session = ending.admin().unwrap();
+    let pid = fs::read_to_string(ending.socket().join("postmaster.pid")).unwrap();
+    let kill = std::process::Command::new("kill")
+        .args(["-TERM", pid.lines().next().unwrap()])
+        .status();
+    assert!(kill.unwrap().success());
+    eventually("it is shutting down", || {
+        ending.log().unwrap().contains("smart shutdown")
+    });
+    let shutting_down = demo(&with(&ending, &[]));
+    drop(session);
+    BTreeMap::from([
+        ("connection timed out", at(*hole, &[])),
+        ("no answer within", at(silent.port, &[])),
+        (
+            "failed to lookup address information",
+            of(&[("PG.HOST", "gone.invalid"), ("PG.HOSTADDR", "")]),
+        ),
+        ("Connection refused", at(1, &[])),
+        (
+            "no pg_hba.conf entry",
+            demo(&with(&primary, &[("DB_CA_CERT", "")])),
+        ),
+        (
+            "UnknownIssuer",
+            of(&[("DB_CA_CERT", "ca-certificates/global-bundle.pem")]),
+        ),
+        (
+            "certificate not valid for name",
+            of(&[("PG.HOST", "db.example.com")]),
+        ),
+        (
+            "certificate expired",
+            at(
+                expired.port,
+                &[("DB_CA_CERT", roots.path().to_str().unwrap())],
+            ),
+        ),
+        ("server does not support TLS", at(no_tls.port, &[])),
+        (
+            "reading the root certificates in",
+            of(&[("DB_CA_CERT", "/nonexistent")]),
+        ),
+        (
+            "password authentication failed",
+            of(&[("PG.PASSWORD", "not the password")]),
+        ),
+        ("password missing", of(&[("PG.PASSWORD", "")])),
+        ("server did not use channel binding", of(&iam)),
+        ("does not exist", of(&[("PG.DBNAME", "nothing")])),
+        (
+            "database does not allow writes",
+            demo(&with(
+                &standby,
+                &[("PG.TARGET_SESSION_ATTRS", "read-write")],
+            )),
+        ),
+        ("remaining connection slots are reserved", full_run),
+        ("the database system is shutting down", shutting_down),
+        ("terminating connection due to administrator command", ended),
+        ("unknown option", of(&[("PG.PASWORD", "x")])),
+        ("invalid value for option", of(&[("PG.PORT", "x")])),
+        ("are one setting, with two values", of(&[("PG__PORT", "1")])),
+        ("no host: set PG.HOST", demo(&[])),
+    ])
+}
+
+/// A run whose session the server's administrator ends before the answer.
+fn ended_while_it_waits(rds: &LocalRds) -> Run {
+    let view = "information_schema.information_schema_catalog_name";
+    let mut lock = rds.admin().unwrap();
+    lock.batch_execute(&format!(
+        "BEGIN; LOCK TABLE {view} IN ACCESS EXCLUSIVE MODE"
+    ))
+    .unwrap();
+    let vars = with(rds, &[("PG.CONNECT_TIMEOUT", "60")]);
+    let run = std::thread::spawn(move || demo(&vars));
+    let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE usename = 'postgres' AND wait_event_type = 'Lock'";
+    eventually("it is ended", || {
+        !rds.admin().unwrap().query(end, &[]).unwrap().is_empty()
+    });
+    run.join().unwrap()
+}
+
+#[test]
+fn its_table_of_errors_has_the_words_of_errors_that_happen() {
+    let mut provoked = provoked();
+    for row in table(&section("When it does not work")) {
+        let words = quoted(&row[0]);
+        let run = provoked
+            .remove(words[0])
+            .unwrap_or_else(|| panic!("{} is not provoked here", row[0]));
+        run.failed(&words);
+        assert!(
+            row.len() == 3 && row.iter().all(|cell| !cell.is_empty()),
+            "{row:?}"
+        );
+    }
+    assert!(
+        provoked.is_empty(),
+        "not in the table: {:?}",
+        provoked.keys()
+    );
+}
+
+#[test]
+fn its_pool_compiles_and_connects() {
+    let section = section("Take it into your project");
+    let code = section
+        .split_once("```rust\n")
+        .unwrap()
+        .1
+        .split_once("```")
+        .unwrap()
+        .0;
+    let program = fs::read_to_string("src/main.rs").unwrap();
+    let program = program.replace(
+        "fn main() -> Result<()> {",
+        "#[allow(dead_code)]\nfn demo() -> Result<()> {",
+    );
+    let main = r#"
+        fn main() -> Result<()> {
+            tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+                let pool = pool().await?;
+                let session = pool.get().await?;
+                let row = session.query_typed_one(QUERY, &[]).await?;
+                println!("{}", row.try_get::<_, String>(0)?);
+                let tls = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
+                anyhow::ensure!(session.query_typed_one(tls, &[]).await?.get::<_, bool>(0));
+                Ok(())
+            })
+        }"#;
+
+    let manifest = fs::read_to_string("Cargo.toml").unwrap();
+    let dependencies = manifest
+        .split_once("[dependencies]\n")
+        .unwrap()
+        .1
+        .split_once("\n\n")
+        .unwrap()
+        .0;
+    let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join("pool");
+    fs::create_dir_all(project.join("src")).unwrap();
+    fs::write(
+        project.join("src/main.rs"),
+        format!("{program}\n{code}\n{main}"),
+    )
+    .unwrap();
+    fs::copy("Cargo.lock", project.join("Cargo.lock")).unwrap();
+    let manifest = format!(
+        "[package]\nname = \"pool\"\nedition = \"2024\"\n[workspace]\n[workspace.dependencies]\nanyhow = \"1\"\n\
+         [dependencies]\ndeadpool-postgres = \"0.14\"\n{dependencies}\n"
+    );
+    fs::write(project.join("Cargo.toml"), manifest).unwrap();
+    let output = std::process::Command::new(env!("CARGO"))
+        .args(["run", "-q", "--offline"])
+        .current_dir(&project)
+        .env(
+            "CARGO_TARGET_DIR",
+            Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap(),
+        )
+        .envs(RDS.env())
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "postgres\n",
+        "{error}"
+    );
+    assert!(!error.contains("warning"), "{error}");
+}
+
+#[test]
+fn its_links_lead_somewhere() {
+    let readme = readme();
+    let link = Regex::new(r"\]\(([^)]+)\)").unwrap();
+    let anchors: BTreeSet<_> = readme
+        .lines()
+        .filter_map(|line| {
+            line.strip_prefix('#')
+                .map(|line| line.trim_start_matches('#').trim())
+        })
+        .map(|heading| {
+            heading
+                .to_lowercase()
+                .replace(' ', "-")
+                .replace(|c: char| !c.is_alphanumeric() && c != '-', "")
+        })
+        .collect();
+    for [target] in link.captures_iter(&readme).map(|found| found.extract().1) {
+        match target.strip_prefix('#') {
+            Some(anchor) => assert!(anchors.contains(anchor), "{target}"),
+            None => assert!(
+                target.starts_with("https://") || fs::exists(target).unwrap(),
+                "{target}"
+            ),
+        }
+    }
+}
