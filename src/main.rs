@@ -67,7 +67,7 @@ impl Settings {
                 if let Err(error) = pair(keyword, &value).parse::<Config>() {
                     bail!("{name}: {}", Error::new(error).root_cause())
                 }
-                // To more than this Linux says "Invalid argument", and not which.
+                // Of anything else Linux says "Invalid argument", and not which.
                 let range = match keyword {
                     "keepalives_idle" | "keepalives_interval" => 0..=32_767,
                     "keepalives_retries" => 1..=127,
@@ -77,18 +77,16 @@ impl Settings {
                 let in_range = range.contains(&value.parse().unwrap_or(1));
                 ensure!(in_range, "{name} is not in {range:?}");
             }
-            if let Some((twin, other)) = found.insert(key, (name.clone(), value.clone())) {
-                ensure!(
-                    other == value,
-                    "{twin} and {name} are one setting, with two values"
-                );
+            if let Some((twin, other)) = found.insert(key, (name.clone(), value.clone()))
+                && other != value
+            {
+                bail!("{twin} and {name} are one setting, with two values")
             }
         }
 
-        let entries = |key| {
-            found
-                .get(key)
-                .map_or(0, |(_, list)| list.split(',').count())
+        let entries = |key| match found.get(key) {
+            Some((_, list)) => list.split(',').count(),
+            None => 0,
         };
         let [hosts, addrs, ports] = ["pg.host", "pg.hostaddr", "pg.port"].map(entries);
         if hosts.min(addrs) > 0 && hosts != addrs || ports > 1 && ports != hosts.max(addrs) {
@@ -110,30 +108,15 @@ impl Settings {
             let binding = pg.get_channel_binding() == ChannelBinding::Require;
             // Of a server without a name there is nothing to check, and a socket has no TLS.
             let named = matches!(pg.get_hosts(), [Host::Tcp(_)]);
-            for (wrong, two) in [
-                (
-                    tls && !require,
-                    "DB_CA_CERT requires TLS and PG.SSLMODE does not",
-                ),
-                (
-                    tls && !named,
-                    "DB_CA_CERT requires a host name and PG.HOST is none",
-                ),
-                (
-                    !tls && require,
-                    "PG.SSLMODE requires TLS and there is no DB_CA_CERT",
-                ),
-                (
-                    !tls && direct,
-                    "PG.SSLNEGOTIATION requires TLS and there is no DB_CA_CERT",
-                ),
-                (
-                    !tls && binding,
-                    "PG.CHANNEL_BINDING requires TLS and there is no DB_CA_CERT",
-                ),
-            ] {
-                ensure!(!wrong, two);
-            }
+            let wrong = match tls {
+                true if !require => "DB_CA_CERT requires TLS and PG.SSLMODE does not",
+                true if !named => "DB_CA_CERT requires a host name and PG.HOST is none",
+                false if require => "PG.SSLMODE requires TLS and there is no DB_CA_CERT",
+                false if direct => "PG.SSLNEGOTIATION requires TLS and there is no DB_CA_CERT",
+                false if binding => "PG.CHANNEL_BINDING requires TLS and there is no DB_CA_CERT",
+                _ => continue,
+            };
+            bail!(wrong)
         }
         Ok(settings)
     }

@@ -21,7 +21,7 @@ use fake::{
     CLEARTEXT_PASSWORD, Fake, WELCOME, Wire, acceptor, black_hole, message, silence, startup, tls,
 };
 use local_rds::{Authority, ENDPOINT, KeyType, LocalRds};
-use support::{RDS, Run, Var, demo, eventually, with};
+use support::{RDS, Run, Var, demo, full, shutting_down, while_the_query_runs, with};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
 /// The points at which the client waits for a server.
@@ -345,70 +345,14 @@ fn a_host_whose_name_is_gone_is_passed_over() {
 
 #[test]
 fn a_server_that_shuts_down_says_so() {
-    let rds = LocalRds::builder().start().unwrap();
-    let session = rds.admin().unwrap();
-    // "Smart": it waits for the sessions it has, and lets no more in (SQLSTATE 57P03).
-    let pid = std::fs::read_to_string(rds.socket().join("postmaster.pid")).unwrap();
-    let pid = pid.lines().next().unwrap().to_owned();
-    assert!(
-        std::process::Command::new("kill")
-            .args(["-TERM", &pid])
-            .status()
-            .unwrap()
-            .success()
-    );
-    eventually("it is shutting down", || {
-        rds.log().unwrap().contains("smart shutdown")
-    });
+    let (rds, _session) = shutting_down();
     demo(&with(&rds, &[])).failed(&[ENDPOINT, "FATAL: the database system is shutting down"]);
-    drop(session);
 }
 
 #[test]
 fn a_server_without_a_free_connection_says_so() {
-    let rds = LocalRds::builder()
-        .setting("max_connections", "4")
-        .setting("superuser_reserved_connections", "2")
-        .setting("max_wal_senders", "0")
-        .start()
-        .unwrap();
-    let sessions = [rds.admin().unwrap(), rds.admin().unwrap()];
+    let (rds, _sessions) = full();
     demo(&with(&rds, &[])).failed(&[ENDPOINT, "FATAL: remaining connection slots are reserved"]);
-    drop(sessions);
-}
-
-/// Runs the program up to its query, which waits for a lock; does something to it, and returns
-/// how the run ended.
-fn while_the_query_runs(
-    rds: &LocalRds,
-    limit: &str,
-    done: impl FnOnce(&mut postgres::Client, i32),
-) -> Run {
-    const VIEW: &str = "information_schema.information_schema_catalog_name";
-    let mut lock = rds.admin().unwrap();
-    lock.batch_execute(&format!(
-        "BEGIN; LOCK TABLE {VIEW} IN ACCESS EXCLUSIVE MODE"
-    ))
-    .unwrap();
-    let vars = with(
-        rds,
-        &[
-            ("PG.CONNECT_TIMEOUT", limit),
-            ("PG.APPLICATION_NAME", "waits"),
-        ],
-    );
-    let run = std::thread::spawn(move || demo(&vars));
-    let mut admin = rds.admin().unwrap();
-    let waiting = "SELECT pid FROM pg_stat_activity
-        WHERE application_name = 'waits' AND wait_event_type = 'Lock'";
-    let pid = loop {
-        if let Some(row) = admin.query_opt(waiting, &[]).unwrap() {
-            break row.get(0);
-        }
-        assert!(!run.is_finished());
-    };
-    done(&mut admin, pid);
-    run.join().unwrap()
 }
 
 #[test]

@@ -16,7 +16,7 @@ use std::process::Stdio;
 use fake::{Fake, acceptor, black_hole, silence, startup, tls};
 use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, PASSWORD};
 use regex::Regex;
-use support::{RDS, Run, demo, eventually, vars, with};
+use support::{RDS, Run, demo, eventually, full, shutting_down, vars, while_the_query_runs, with};
 use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
 
@@ -423,29 +423,15 @@ fn provoked() -> BTreeMap<&'static str, Run> {
         ("PG.PASSWORD", &RDS.iam_token()),
         ("PG.CHANNEL_BINDING", "require"),
     ];
-    let full = LocalRds::builder()
-        .setting("max_connections", "4")
-        .setting("superuser_reserved_connections", "2")
-        .setting("max_wal_senders", "0");
-    let full = full.start().unwrap();
-    let sessions = [full.admin().unwrap(), full.admin().unwrap()];
-    let full_run = demo(&with(&full, &[]));
-    drop(sessions);
+    let (full, _sessions) = full();
+    let (ending, _session) = shutting_down();
     let primary = LocalRds::builder().start().unwrap();
     let standby = primary.standby().unwrap();
-    let ending = LocalRds::builder().start().unwrap();
-    let ended = ended_while_it_waits(&ending);
-    let session = ending.admin().unwrap();
-    let pid = fs::read_to_string(ending.socket().join("postmaster.pid")).unwrap();
-    let kill = std::process::Command::new("kill")
-        .args(["-TERM", pid.lines().next().unwrap()])
-        .status();
-    assert!(kill.unwrap().success());
-    eventually("it is shutting down", || {
-        ending.log().unwrap().contains("smart shutdown")
+    let ended = while_the_query_runs(&primary, "60", |admin, pid| {
+        admin
+            .query("SELECT pg_terminate_backend($1)", &[&pid])
+            .unwrap();
     });
-    let shutting_down = demo(&with(&ending, &[]));
-    drop(session);
     BTreeMap::from([
         ("connection timed out", at(*hole, &[])),
         ("no answer within", at(silent.port, &[])),
@@ -492,32 +478,20 @@ fn provoked() -> BTreeMap<&'static str, Run> {
                 &[("PG.TARGET_SESSION_ATTRS", "read-write")],
             )),
         ),
-        ("remaining connection slots are reserved", full_run),
-        ("the database system is shutting down", shutting_down),
+        (
+            "remaining connection slots are reserved",
+            demo(&with(&full, &[])),
+        ),
+        (
+            "the database system is shutting down",
+            demo(&with(&ending, &[])),
+        ),
         ("terminating connection due to administrator command", ended),
         ("unknown option", of(&[("PG.PASWORD", "x")])),
         ("invalid value for option", of(&[("PG.PORT", "x")])),
         ("are one setting, with two values", of(&[("PG__PORT", "1")])),
         ("no host: set PG.HOST", demo(&[])),
     ])
-}
-
-/// A run whose session the server's administrator ends before the answer.
-fn ended_while_it_waits(rds: &LocalRds) -> Run {
-    let view = "information_schema.information_schema_catalog_name";
-    let mut lock = rds.admin().unwrap();
-    lock.batch_execute(&format!(
-        "BEGIN; LOCK TABLE {view} IN ACCESS EXCLUSIVE MODE"
-    ))
-    .unwrap();
-    let vars = with(rds, &[("PG.CONNECT_TIMEOUT", "60")]);
-    let run = std::thread::spawn(move || demo(&vars));
-    let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-        WHERE usename = 'postgres' AND wait_event_type = 'Lock'";
-    eventually("it is ended", || {
-        !rds.admin().unwrap().query(end, &[]).unwrap().is_empty()
-    });
-    run.join().unwrap()
 }
 
 #[test]

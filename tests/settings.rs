@@ -325,3 +325,35 @@ fn the_answer_is_shown_without_rust_log() {
         "{log}"
     );
 }
+
+#[test]
+fn names_with_a_dot_come_through_env_and_not_through_shells() {
+    let program = env!("CARGO_BIN_EXE_tokio-postgres-rustls-rds-demo");
+    let end = |command: &str, args: &[&str]| {
+        let output = std::process::Command::new(command)
+            .env_remove("RUST_LOG")
+            .args(args)
+            .output()
+            .unwrap();
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let seen = "connecting to nowhere.invalid:";
+    let not_seen = "no host: set PG.HOST";
+    assert!(end("env", &["PG.HOST=nowhere.invalid", program]).contains(seen));
+    assert!(end("env", &["PG__HOST=nowhere.invalid", "sh", "-c", program]).contains(seen));
+    let refused = end(
+        "bash",
+        &["-c", &format!("export PG.HOST=nowhere.invalid; {program}")],
+    );
+    assert!(
+        refused.contains("not a valid identifier") && refused.contains(not_seen),
+        "{refused}"
+    );
+    if std::fs::exists("/bin/dash").unwrap() {
+        let dropped = end(
+            "env",
+            &["PG.HOST=nowhere.invalid", "/bin/dash", "-c", program],
+        );
+        assert!(dropped.contains(not_seen), "{dropped}");
+    }
+}

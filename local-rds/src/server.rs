@@ -20,7 +20,7 @@ const ADMIN: &str = "rdsadmin";
 /// Runs the server while the script's standard input is open. The kernel closes that when the
 /// parent ends, however it ends; then the server is stopped and its folder removed.
 const KEEPER: &str = r#"
-trap '' INT HUP
+trap '' HUP INT QUIT
 exec 3<&0
 (
     test -d "$2/data" || "$1/initdb" -D "$2/data" --username="$4" --encoding=UTF8 --locale=C \
@@ -30,8 +30,15 @@ exec 3<&0
 server=$!
 {
     cat <&3 >/dev/null
-    # Again and again: initdb and postgres are deaf to it for a moment when they start.
-    until test -e "$2/ended"; do kill -INT 0; sleep 0.05; done
+    # Again and again: initdb and postgres are deaf to it for a moment when they start. And in the
+    # end without regard to the data: PostgreSQL 18 may wait for ever in recovery after a crash.
+    signal=INT tries=0
+    until test -e "$2/ended"; do
+        tries=$((tries + 1))
+        test "$tries" -lt 100 || signal=QUIT
+        kill "-$signal" 0
+        sleep 0.05
+    done
 } &
 exec 3<&-
 wait "$server"

@@ -2,11 +2,13 @@
 #![allow(dead_code)] // Each file of tests uses its part.
 
 use std::ffi::{OsStr, OsString};
+use std::process::Command;
 use std::sync::LazyLock;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use local_rds::LocalRds;
+use postgres::Client;
 
 /// An instance with the defaults, for all tests of a file that change nothing about it.
 pub static RDS: LazyLock<LocalRds> = LazyLock::new(|| LocalRds::builder().start().unwrap());
@@ -84,6 +86,67 @@ pub fn eventually(what: &str, is_so: impl Fn() -> bool) {
         );
         sleep(Duration::from_millis(20));
     }
+}
+
+/// A server that has all the sessions it takes, for as long as these are open.
+pub fn full() -> (LocalRds, [Client; 2]) {
+    let rds = LocalRds::builder()
+        .setting("max_connections", "4")
+        .setting("superuser_reserved_connections", "2")
+        .setting("max_wal_senders", "0")
+        .start()
+        .unwrap();
+    let sessions = [rds.admin().unwrap(), rds.admin().unwrap()];
+    (rds, sessions)
+}
+
+/// A server that ends once this session has, and lets no other in.
+pub fn shutting_down() -> (LocalRds, Client) {
+    let rds = LocalRds::builder().start().unwrap();
+    let session = rds.admin().unwrap();
+    let pid = std::fs::read_to_string(rds.socket().join("postmaster.pid")).unwrap();
+    let kill = Command::new("kill")
+        .args(["-TERM", pid.lines().next().unwrap()])
+        .status();
+    assert!(kill.unwrap().success());
+    eventually("it is shutting down", || {
+        rds.log().unwrap().contains("smart shutdown")
+    });
+    (rds, session)
+}
+
+/// Runs the program up to its query, which waits for a lock; has something done to the server's
+/// process that it waits for; and returns how the run ended.
+pub fn while_the_query_runs(
+    rds: &LocalRds,
+    limit: &str,
+    done: impl FnOnce(&mut Client, i32),
+) -> Run {
+    let view = "information_schema.information_schema_catalog_name";
+    let mut lock = rds.admin().unwrap();
+    lock.batch_execute(&format!(
+        "BEGIN; LOCK TABLE {view} IN ACCESS EXCLUSIVE MODE"
+    ))
+    .unwrap();
+    let vars = with(
+        rds,
+        &[
+            ("PG.CONNECT_TIMEOUT", limit),
+            ("PG.APPLICATION_NAME", "waits"),
+        ],
+    );
+    let run = std::thread::spawn(move || demo(&vars));
+    let mut admin = rds.admin().unwrap();
+    let waiting = "SELECT pid FROM pg_stat_activity
+        WHERE application_name = 'waits' AND wait_event_type = 'Lock'";
+    let pid = loop {
+        if let Some(row) = admin.query_opt(waiting, &[]).unwrap() {
+            break row.get(0);
+        }
+        assert!(!run.is_finished(), "{:?}", run.join());
+    };
+    done(&mut admin, pid);
+    run.join().unwrap()
 }
 
 impl Run {
