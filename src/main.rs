@@ -11,13 +11,14 @@
 
 use std::collections::{BTreeMap, HashMap, hash_map::RandomState};
 use std::hash::{BuildHasher, Hasher};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::{env, fs, time::Duration};
+use std::{env, fs::File, time::Duration};
 
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use log::{debug, info, trace, warn};
 use rustls::crypto::{CryptoProvider, ring, ring::kx_group};
-use rustls::pki_types::{CertificateDer, pem::PemObject};
+use rustls::pki_types::{CertificateDer, pem::ReadIter};
 use rustls::{ClientConfig, RootCertStore};
 use serde::{Deserialize, Deserializer, de::Error as _};
 use tokio::{runtime, time::timeout};
@@ -155,11 +156,13 @@ fn one_for_each_host<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Config>, 
 
 /// Trusts the certificates in `file`, and no others.
 fn client_config(file: &Path) -> Result<ClientConfig> {
-    let pem = fs::read(file)?;
+    let mut pem = BufReader::new(File::open(file)?);
     // A byte-order mark would hide the first line, and with it the first certificate.
-    let pem = pem.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&pem);
+    if pem.fill_buf()?.starts_with(b"\xef\xbb\xbf") {
+        pem.consume(3);
+    }
     let mut roots = RootCertStore::empty();
-    for der in CertificateDer::pem_slice_iter(pem) {
+    for der in ReadIter::<_, CertificateDer>::new(pem) {
         let good = roots.len();
         // In our words, as the parser's would quote the file, which may be a private key; and
         // not with `add_parsable_certificates`, which passes over a damaged one.

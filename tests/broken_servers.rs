@@ -203,6 +203,29 @@ fn a_server_that_never_stops_talking_does_not_outlast_the_time_allowed() {
 }
 
 #[test]
+fn a_server_that_asks_for_billions_of_rounds_of_scram_does_not_get_them() {
+    let fake = Fake::new(|mut wire| async move {
+        let sasl = |kind: u32, body: &[u8]| {
+            let length = (body.len() as u32 + 8).to_be_bytes();
+            [b"R", &length[..], &kind.to_be_bytes(), body].concat()
+        };
+        startup(&mut wire).await?;
+        wire.write_all(&sasl(10, b"SCRAM-SHA-256\0\0")).await?;
+        let (_, first) = message(&mut wire).await?;
+        let first = String::from_utf8_lossy(&first).into_owned();
+        let nonce = first.rsplit_once("r=").unwrap().1;
+        let challenge = format!("r={nonce}more,s=c2FsdHNhbHRzYWx0,i={}", u32::MAX);
+        wire.write_all(&sasl(11, challenge.as_bytes())).await?;
+        silence(wire).await
+    });
+    // No timer could end that: it would be all computation.
+    plainly(&fake).failed(&[
+        ENDPOINT,
+        "SCRAM iteration count exceeds the maximum allowed",
+    ]);
+}
+
+#[test]
 fn an_answer_that_is_none_is_an_error() {
     // The description of one column of type name, a row of it, and the end of the answer.
     const COLUMN: &[u8] = b"1\0\0\0\x042\0\0\0\x04T\0\0\0\x1a\0\x01c\0\0\0\0\0\0\0\0\0\0\x13\0\x40\xff\xff\xff\xff\0\0";
