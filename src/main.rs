@@ -135,6 +135,7 @@ fn pair(keyword: &str, value: &str) -> String {
     format!("{keyword}='{value}' ")
 }
 
+/// The keywords once for each host, with its own entry of each list.
 fn one_for_each_host<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Config>, D::Error> {
     let keywords = BTreeMap::<String, String>::deserialize(from)?;
     let hosts = keywords.get("host").or(keywords.get("hostaddr"));
