@@ -21,7 +21,7 @@ use fake::{
     CLEARTEXT_PASSWORD, Fake, WELCOME, Wire, acceptor, black_hole, message, silence, startup, tls,
 };
 use local_rds::{Authority, ENDPOINT, KeyType, LocalRds};
-use support::{RDS, Run, Var, demo, full, shutting_down, while_the_query_runs, with};
+use support::{RDS, Run, Var, demo, eventually, full, shutting_down, while_the_query_runs, with};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
 /// The points at which the client waits for a server.
@@ -370,6 +370,32 @@ fn a_host_whose_name_is_gone_is_passed_over() {
 fn a_server_that_shuts_down_says_so() {
     let (rds, _session) = shutting_down();
     demo(&with(&rds, &[])).failed(&[ENDPOINT, "FATAL: the database system is shutting down"]);
+}
+
+#[test]
+fn a_server_that_starts_up_says_so() {
+    let rds = LocalRds::builder().start().unwrap();
+    let mut admin = rds.admin().unwrap();
+    admin
+        .batch_execute("ALTER SYSTEM SET restore_command = 'sleep 600'")
+        .unwrap();
+    admin.query("SELECT pg_reload_conf()", &[]).unwrap();
+    std::fs::write(rds.socket().join("standby.signal"), "").unwrap();
+    // After this crash it starts anew, and waits for what the command is to restore.
+    let pid: i32 = admin
+        .query_one("SELECT pg_backend_pid()", &[])
+        .unwrap()
+        .get(0);
+    let kill = std::process::Command::new("kill")
+        .args(["-KILL", &pid.to_string()])
+        .status();
+    assert!(kill.unwrap().success());
+    eventually("it starts anew", || {
+        rds.log()
+            .unwrap()
+            .contains("database system was interrupted")
+    });
+    demo(&with(&rds, &[])).failed(&[ENDPOINT, "FATAL: the database system is in recovery mode"]);
 }
 
 #[test]
