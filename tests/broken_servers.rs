@@ -21,7 +21,9 @@ use fake::{
     CLEARTEXT_PASSWORD, Fake, WELCOME, Wire, acceptor, black_hole, message, silence, startup, tls,
 };
 use local_rds::{Authority, ENDPOINT, KeyType, LocalRds};
-use support::{RDS, Run, Var, demo, eventually, full, shutting_down, while_the_query_runs, with};
+use support::{
+    RDS, Run, Var, demo, eventually, full, kill, shutting_down, while_the_query_runs, with,
+};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
 /// The points at which the client waits for a server.
@@ -386,10 +388,7 @@ fn a_server_that_starts_up_says_so() {
         .query_one("SELECT pg_backend_pid()", &[])
         .unwrap()
         .get(0);
-    let kill = std::process::Command::new("kill")
-        .args(["-KILL", &pid.to_string()])
-        .status();
-    assert!(kill.unwrap().success());
+    kill("KILL", &pid.to_string());
     eventually("it starts anew", || {
         rds.log()
             .unwrap()
@@ -421,12 +420,7 @@ fn a_session_that_is_ended_while_its_query_runs_says_why() {
 #[test]
 fn a_process_that_is_killed_while_its_query_runs_is_an_end_without_a_word() {
     let rds = LocalRds::builder().start().unwrap();
-    let run = while_the_query_runs(&rds, "60", |_, pid| {
-        std::process::Command::new("kill")
-            .args(["-KILL", &pid.to_string()])
-            .status()
-            .unwrap();
-    });
+    let run = while_the_query_runs(&rds, "60", |_, pid| kill("KILL", &pid.to_string()));
     run.failed(&[
         ENDPOINT,
         "SELECT * FROM",

@@ -3,25 +3,25 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 /// The folder with `initdb` and `postgres`: that of `LOCAL_RDS_BIN`, or else the first found.
 pub fn folder() -> Result<PathBuf> {
-    let folders = folders();
-    if let (Some(_), Some(folder)) = (std::env::var_os("LOCAL_RDS_BIN"), folders.first()) {
-        let folder_of = folder.display();
+    if let Some(folder) = std::env::var_os("LOCAL_RDS_BIN").map(PathBuf::from) {
         ensure!(
-            has_server(folder),
-            "no initdb and postgres in LOCAL_RDS_BIN {folder_of}"
+            has_server(&folder),
+            "no initdb and postgres in LOCAL_RDS_BIN {}",
+            folder.display()
         );
+        return Ok(folder);
     }
-    match folders.into_iter().find(|folder| has_server(folder)) {
-        Some(folder) => Ok(folder),
-        None => bail!(
+    folders()
+        .into_iter()
+        .find(|folder| has_server(folder))
+        .context(
             "no PostgreSQL server on this machine: install it (Debian: apt-get install postgresql; \
-             macOS: brew install postgresql@18), or set LOCAL_RDS_BIN to the folder of its programs"
-        ),
-    }
+         macOS: brew install postgresql@18), or set LOCAL_RDS_BIN to the folder of its programs",
+        )
 }
 
 /// psql itself, which on Debian is not the `psql` of `PATH`: that is a script which looks for it.

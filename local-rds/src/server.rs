@@ -17,6 +17,9 @@ use crate::{Authority, ENDPOINT, IAM_USER, KeyType, PASSWORD, ServerCertificate,
 /// The superuser, whom only the socket in the server's own folder lets in.
 const ADMIN: &str = "rdsadmin";
 
+/// How long a server may take to answer, and a standby to stream.
+const START: Duration = Duration::from_secs(60);
+
 /// Runs the server while the script's standard input is open. The kernel closes that when the
 /// parent ends, however it ends; then the server is stopped and its folder removed.
 const KEEPER: &str = r#"
@@ -186,7 +189,7 @@ impl LocalRds {
 
         let start = Instant::now();
         while let Err(error) = rds.admin() {
-            if rds.path("ended").exists() || start.elapsed() > Duration::from_secs(60) {
+            if rds.path("ended").exists() || start.elapsed() > START {
                 bail!(
                     "PostgreSQL does not start: {error:#}; its log:\n{}",
                     rds.log()?
@@ -277,7 +280,7 @@ impl LocalRds {
         Ok(config.connect(NoTls)?)
     }
 
-    /// A hot standby that streams from this instance, with the same certificate.
+    /// A hot standby that streams from this instance, with the same certificate; waits until it does.
     pub fn standby(&self) -> Result<Self> {
         let (begin, end) = match self.version()? {
             ..15 => (
@@ -314,7 +317,16 @@ impl LocalRds {
             0o600,
             &format!("primary_conninfo = '{primary}'"),
         )?;
-        Self::start(home, self.password.clone())
+        let standby = Self::start(home, self.password.clone())?;
+        let streams = "SELECT FROM pg_stat_replication WHERE state = 'streaming'";
+        let start = Instant::now();
+        while admin.query(streams, &[])?.is_empty() {
+            if start.elapsed() > START {
+                bail!("the standby does not stream; its log:\n{}", standby.log()?);
+            }
+            sleep(Duration::from_millis(20));
+        }
+        Ok(standby)
     }
 }
 

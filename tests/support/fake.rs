@@ -4,7 +4,6 @@
 
 use std::future::Future;
 use std::net::Ipv4Addr;
-use std::pin::Pin;
 use std::sync::{Arc, LazyLock, Mutex};
 
 use local_rds::ServerCertificate;
@@ -25,8 +24,6 @@ pub const WELCOME: &[u8] = b"R\0\0\0\x08\0\0\0\0K\0\0\0\x0c\0\0\0\x01\0\0\0\x02Z
 
 /// A connection whose incoming bytes are on record.
 pub type Wire = InspectReader<TcpStream, Box<dyn FnMut(&[u8]) + Send>>;
-
-type Script = Pin<Box<dyn Future<Output = std::io::Result<()>> + Send>>;
 
 /// A server on 127.0.0.1 that follows a script with each client, until the tests are over.
 pub struct Fake {
@@ -52,8 +49,7 @@ impl Fake {
                 let record = Arc::clone(&record);
                 record.lock().unwrap().push(Vec::new());
                 let inspect = move |bytes: &[u8]| record.lock().unwrap()[nth].extend(bytes);
-                let script: Script = Box::pin(script(Wire::new(stream, Box::new(inspect))));
-                tokio::spawn(script);
+                tokio::spawn(script(Wire::new(stream, Box::new(inspect))));
             }
         });
         Self { port, heard }

@@ -88,6 +88,12 @@ pub fn eventually(what: &str, is_so: impl Fn() -> bool) {
     }
 }
 
+/// Sends a signal to a process of a server.
+pub fn kill(signal: &str, pid: &str) {
+    let kill = Command::new("kill").args(["-s", signal, pid]).status();
+    assert!(kill.unwrap().success());
+}
+
 /// A server that has all the sessions it takes, for as long as these are open.
 pub fn full() -> (LocalRds, [Client; 2]) {
     let rds = LocalRds::builder()
@@ -105,10 +111,7 @@ pub fn shutting_down() -> (LocalRds, Client) {
     let rds = LocalRds::builder().start().unwrap();
     let session = rds.admin().unwrap();
     let pid = std::fs::read_to_string(rds.socket().join("postmaster.pid")).unwrap();
-    let kill = Command::new("kill")
-        .args(["-TERM", pid.lines().next().unwrap()])
-        .status();
-    assert!(kill.unwrap().success());
+    kill("TERM", pid.lines().next().unwrap());
     eventually("it is shutting down", || {
         rds.log().unwrap().contains("smart shutdown")
     });
