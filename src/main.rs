@@ -17,6 +17,7 @@ use std::{env, fs::File, time::Duration};
 
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use log::{debug, info, trace, warn};
+use rustls::client::Resumption;
 use rustls::crypto::{CryptoProvider, ring, ring::kx_group};
 use rustls::pki_types::{CertificateDer, pem::ReadIter};
 use rustls::{ClientConfig, RootCertStore};
@@ -185,6 +186,8 @@ fn client_config(file: &Path) -> Result<ClientConfig> {
         .with_safe_default_protocol_versions()?
         .with_root_certificates(roots)
         .with_no_client_auth();
+    // PostgreSQL resumes no session, so there is none to keep.
+    config.resumption = Resumption::disabled();
     // `sslnegotiation=direct` cannot do without; servers before 17 ignore it.
     config.alpn_protocols = vec![b"postgresql".to_vec()];
     Ok(config)

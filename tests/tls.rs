@@ -1,9 +1,21 @@
 //! With `DB_CA_CERT` there is verified TLS or an error; without it, plaintext and a warning.
 
+#[path = "support/fake.rs"]
+mod fake;
 mod support;
 
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
+use std::sync::Arc;
+
+use fake::Fake;
 use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds};
+use rustls::HandshakeKind::{Full, Resumed};
+use rustls::pki_types::{CertificateDer, pem::PemObject};
+use rustls::{ClientConfig, ClientConnection, HandshakeKind, RootCertStore};
+use rustls::{StreamOwned, SupportedProtocolVersion};
 use support::{RDS, demo, with};
+use tokio::io::AsyncWriteExt;
 
 #[test]
 fn connects_with_each_of_the_three_key_types() {
@@ -164,5 +176,60 @@ fn direct_tls_goes_past_a_server_older_than_17_only() {
             eprintln!("PostgreSQL {old} has no direct TLS: only its refusal is tested");
             run.failed(&[ENDPOINT, "error performing TLS handshake"]);
         }
+    }
+}
+
+/// The second handshake of a client that would resume the session of its first.
+fn second_handshake(
+    port: u16,
+    root: &str,
+    version: &'static SupportedProtocolVersion,
+) -> HandshakeKind {
+    let mut store = RootCertStore::empty();
+    store
+        .add(CertificateDer::from_pem_slice(root.as_bytes()).unwrap())
+        .unwrap();
+    let config =
+        ClientConfig::builder_with_provider(rustls::crypto::ring::default_provider().into())
+            .with_protocol_versions(&[version])
+            .unwrap()
+            .with_root_certificates(store)
+            .with_no_client_auth();
+    let config = Arc::new(config);
+    let [_, second] = [(); 2].map(|()| {
+        let mut tcp = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
+        tcp.write_all(b"\0\0\0\x08\x04\xd2\x16\x2f").unwrap(); // SSLRequest
+        tcp.read_exact(&mut [0]).unwrap();
+        let client = ClientConnection::new(config.clone(), ENDPOINT.try_into().unwrap()).unwrap();
+        let mut tls = StreamOwned::new(client, tcp);
+        // Any answer will do: what there is to resume has been sent before it.
+        tls.write_all(b"\0\0\0\x17\0\x03\0\0user\0postgres\0\0")
+            .unwrap();
+        tls.read_exact(&mut [0]).unwrap();
+        tls.conn.handshake_kind().unwrap()
+    });
+    second
+}
+
+#[test]
+fn the_server_resumes_no_session_so_there_is_none_to_keep() {
+    let authority = Authority::new(KeyType::Rsa2048).unwrap();
+    let acceptor = fake::acceptor(&authority.issue(ENDPOINT, |_| {}).unwrap());
+    let other = Fake::new(move |wire| {
+        let acceptor = acceptor.clone();
+        async move {
+            let mut client = fake::tls(wire, &acceptor).await?;
+            fake::startup(&mut client).await?;
+            client.write_all(fake::CLEARTEXT_PASSWORD).await?;
+            fake::silence(client).await
+        }
+    });
+    let root = std::fs::read_to_string(RDS.roots()).unwrap();
+    for version in rustls::ALL_VERSIONS {
+        let second = second_handshake(RDS.port(), &root, version);
+        assert_eq!(second, Full, "{version:?}");
+        // Lest it be the client that does not want to.
+        let second = second_handshake(other.port, authority.root(), version);
+        assert_eq!(second, Resumed, "{version:?}");
     }
 }
