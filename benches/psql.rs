@@ -6,6 +6,7 @@
 #[path = "../tests/support/relay.rs"]
 mod relay;
 
+use std::fmt::Display;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -56,18 +57,10 @@ fn main() -> Result<()> {
         "size of the program: {:.2} MiB\n",
         mebibytes(std::fs::metadata(PROGRAM)?.len() as f64)
     );
-    println!(
-        "{:<34}{:>26}{:>26}{:>22}",
-        "median (least to most)", "program", "psql", "ratio"
-    );
+    line("median (least to most)", "program", "psql", "ratio");
 
-    for (round_trip, pairs) in [(0, 100), (50, 10)] {
-        let relay = Relay::new(rds.port(), Duration::from_millis(round_trip));
-        let port = if round_trip == 0 {
-            rds.port()
-        } else {
-            relay.port
-        };
+    let relay = || Relay::new(rds.port(), Duration::from_millis(50));
+    for (round_trip, port, pairs) in [(0, rds.port(), 100), (50, relay().port, 10)] {
         let pair = || -> Result<[Run; 2]> {
             Ok([
                 run(Path::new(PROGRAM), &[], &rds, file.path(), port, &[])?,
@@ -75,8 +68,7 @@ fn main() -> Result<()> {
             ])
         };
         pair()?; // Not counted: the first has the programs to read from the disk.
-        let mut all = (0..pairs).map(|_| pair()).collect::<Result<Vec<_>>>()?;
-        all.sort_by(|a, b| a[0].wall.total_cmp(&b[0].wall));
+        let all = (0..pairs).map(|_| pair()).collect::<Result<Vec<_>>>()?;
         row(&format!("wall, {round_trip} ms away (ms)"), &all, |run| {
             run.wall * 1e3
         });
@@ -87,7 +79,7 @@ fn main() -> Result<()> {
     }
 
     let count = |program: &Path, args: &[&str], more: &[(&str, &str)]| -> Result<usize> {
-        let relay = Relay::new(rds.port(), Duration::from_millis(50));
+        let relay = relay();
         run(program, args, &rds, file.path(), relay.port, more)?;
         relay.round_trips().pop().context("it has not connected")
     };
@@ -95,21 +87,20 @@ fn main() -> Result<()> {
         count(Path::new(PROGRAM), &[], &[])?,
         count(&psql, &["-XAtc", QUERY], &[])?,
     ];
-    println!(
-        "{:<34}{:>26}{:>26}{:>22.2}",
-        "round trips",
-        stock[0],
-        stock[1],
-        stock[0] as f64 / stock[1] as f64
-    );
+    let ratio = format!("{:.2}", stock[0] as f64 / stock[1] as f64);
+    line("round trips", stock[0], stock[1], &ratio);
     let name = "round trips, direct TLS";
     if server >= 17 {
         let direct = count(Path::new(PROGRAM), &[], &[("PG.SSLNEGOTIATION", "direct")])?;
-        println!("{name:<34}{direct:>26}");
+        line(name, direct, "", "");
     } else {
-        println!("{name:<34}{:>26}", "needs PostgreSQL 17");
+        line(name, "needs PostgreSQL 17", "", "");
     }
     Ok(())
+}
+
+fn line(name: &str, program: impl Display, psql: impl Display, ratio: &str) {
+    println!("{name:<34}{program:>26}{psql:>26}{ratio:>22}");
 }
 
 /// One line of the table: of either program, and of their ratios pair by pair.
@@ -124,7 +115,7 @@ fn row(name: &str, pairs: &[[Run; 2]], value: impl Fn(&Run) -> f64) {
     };
     let of = |nth: usize| spread(pairs.iter().map(|pair| value(&pair[nth])).collect(), 1);
     let ratio = spread(pairs.iter().map(|[a, b]| value(a) / value(b)).collect(), 2);
-    println!("{name:<34}{:>26}{:>26}{ratio:>22}", of(0), of(1));
+    line(name, of(0), of(1), &ratio);
 }
 
 fn mebibytes(bytes: f64) -> f64 {
