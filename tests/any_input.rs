@@ -22,7 +22,7 @@ use fake::{CLEARTEXT_PASSWORD, Fake, message, startup};
 use local_rds::{Authority, ENDPOINT, KeyType};
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
-use support::{demo, vars};
+use support::{demo, file, vars};
 use tokio::io::AsyncWriteExt;
 use tokio_postgres::Config;
 use tokio_postgres::config::{
@@ -65,8 +65,8 @@ fn keywords() -> impl Strategy<Value = BTreeMap<&'static str, String>> {
                 ]),
             )
         });
-    let free = ("user", "dbname", "options", "application_name");
-    let free = [free.0, free.1, free.2, free.3].map(|keyword| (Just(keyword), text().boxed()));
+    let free = ["user", "dbname", "options", "application_name"]
+        .map(|keyword| (Just(keyword), text().boxed()));
     let words = [
         (
             "password",
@@ -278,36 +278,37 @@ fn change() -> impl Strategy<Value = Change> {
 }
 
 fn changed(mut file: Vec<u8>, change: &Change) -> Vec<u8> {
-    if file.is_empty() {
+    let size = file.len();
+    if size == 0 {
         return file;
     }
-    let size = file.len();
-    let mut lines: Vec<&[u8]> = file.split_inclusive(|byte| *byte == b'\n').collect();
     match change {
-        Change::RemoveLine(i) => drop(lines.remove(i.index(lines.len()))),
-        Change::RepeatLine(i) => lines.insert(i.index(lines.len()), lines[i.index(lines.len())]),
-        Change::SwapLines(i, j) => {
-            let count = lines.len();
-            lines.swap(i.index(count), j.index(count));
-        }
-        Change::Set(i, byte) => {
-            file[i.index(size)] = *byte;
-            return file;
-        }
+        Change::Set(i, byte) => file[i.index(size)] = *byte,
         Change::Insert(i, bytes) => {
             file.splice(i.index(size)..i.index(size), bytes.iter().copied());
-            return file;
         }
         Change::Remove(i, count) => {
             file.drain(i.index(size)..size.min(i.index(size) + usize::from(*count)));
-            return file;
         }
-        Change::CutAfter(i) => {
-            file.truncate(i.index(size));
-            return file;
-        }
+        Change::CutAfter(i) => file.truncate(i.index(size)),
+        Change::RemoveLine(i) => edit_lines(&mut file, |all| {
+            all.remove(i.index(all.len()));
+        }),
+        Change::RepeatLine(i) => edit_lines(&mut file, |all| {
+            all.insert(i.index(all.len()), all[i.index(all.len())]);
+        }),
+        Change::SwapLines(i, j) => edit_lines(&mut file, |all| {
+            let count = all.len();
+            all.swap(i.index(count), j.index(count));
+        }),
     }
-    lines.concat()
+    file
+}
+
+fn edit_lines(file: &mut Vec<u8>, edit: impl FnOnce(&mut Vec<&[u8]>)) {
+    let mut all = file.split_inclusive(|byte| *byte == b'\n').collect();
+    edit(&mut all);
+    *file = all.concat();
 }
 
 /// The content of each block of base64 in the file, read more generously than PEM is defined.
@@ -361,14 +362,13 @@ fn anchors(output: &str) -> Vec<Root> {
     anchors.collect()
 }
 
-fn roots_of(file: &[u8]) -> (String, Vec<Root>) {
-    let path = tempfile::NamedTempFile::new().unwrap();
-    fs::write(&path, file).unwrap();
+fn roots_of(content: &[u8]) -> (String, Vec<Root>) {
+    let path = file(content);
     let run = demo(&vars([
         ("PG.HOST", ENDPOINT),
         ("PG.HOSTADDR", "127.0.0.1"),
         ("PG.PORT", "1"),
-        ("DB_CA_CERT", path.path().to_str().unwrap()),
+        ("DB_CA_CERT", path.to_str().unwrap()),
     ]));
     assert_eq!(run.code, Some(1), "nobody listens there: {}", run.output);
     (run.error().to_owned(), anchors(&run.output))

@@ -15,15 +15,14 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 
-use local_rds::{Authority, ENDPOINT, KeyType, LocalRds};
-use support::{RDS, Run, demo, with};
+use local_rds::{Authority, ENDPOINT, KeyType, LocalRds, ServerCertificate};
+use support::{PROGRAM, RDS, Run, at, demo, file, with};
 use tempfile::TempDir;
 
 /// Runs the program with this as the file of `DB_CA_CERT`.
 fn with_file(content: impl AsRef<[u8]>) -> Run {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    fs::write(&file, content).unwrap();
-    let path = file.path().to_str().unwrap();
+    let file = file(content);
+    let path = file.to_str().unwrap();
     let run = demo(&with(&RDS, &[("DB_CA_CERT", path)]));
     if run.code != Some(0) {
         run.failed(&["root certificates", path, "DB_CA_CERT"]);
@@ -35,13 +34,14 @@ fn root() -> String {
     fs::read_to_string(RDS.roots()).unwrap()
 }
 
+fn certificate() -> ServerCertificate {
+    let authority = Authority::new(KeyType::Ecc384).unwrap();
+    authority.issue(ENDPOINT, |_| {}).unwrap()
+}
+
 #[test]
 fn a_file_that_is_no_bundle_of_roots_is_refused() {
-    let key = Authority::new(KeyType::Ecc384)
-        .unwrap()
-        .issue(ENDPOINT, |_| {})
-        .unwrap()
-        .key;
+    let key = certificate().key;
     let root = root();
     let lines: Vec<&str> = root.lines().collect();
     let none = "no certificate in it";
@@ -88,11 +88,7 @@ fn a_file_that_is_no_bundle_of_roots_is_refused() {
 
 #[test]
 fn a_private_key_in_the_wrong_place_is_not_quoted() {
-    let key = Authority::new(KeyType::Ecc384)
-        .unwrap()
-        .issue(ENDPOINT, |_| {})
-        .unwrap()
-        .key;
+    let key = certificate().key;
     let secret = key.lines().nth(1).unwrap();
     for content in [
         key.replace('\n', ""),
@@ -125,11 +121,7 @@ fn a_file_that_may_not_be_read_is_named() {
     // In a folder where another user can go too, as root may read everything.
     let folder = TempDir::with_prefix_in("demo-", "/tmp").unwrap();
     let (program, file) = (folder.path().join("demo"), folder.path().join("bundle.pem"));
-    fs::copy(
-        env!("CARGO_BIN_EXE_tokio-postgres-rustls-rds-demo"),
-        &program,
-    )
-    .unwrap();
+    fs::copy(PROGRAM, &program).unwrap();
     fs::write(&file, root()).unwrap();
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
     fs::set_permissions(&file, fs::Permissions::from_mode(0o0)).unwrap();
@@ -155,10 +147,7 @@ fn a_file_that_may_not_be_read_is_named() {
 fn roots_with_more_around_them_are_accepted() {
     let root = root();
     let others = fs::read_to_string("ca-certificates/global-bundle.pem").unwrap();
-    let certificate = Authority::new(KeyType::Ecc384)
-        .unwrap()
-        .issue(ENDPOINT, |_| {})
-        .unwrap();
+    let certificate = certificate();
     let key = &certificate.key;
     for content in [
         root.replace('\n', "\r\n"),
@@ -230,8 +219,7 @@ fn a_value_out_of_its_range_or_not_of_its_kind_is_refused() {
 
 #[test]
 fn port_0_is_a_port_where_nobody_listens() {
-    demo(&with(&RDS, &[("PG.PORT", "0")]))
-        .failed(&[&format!("connecting to {ENDPOINT}:0"), "os error"]);
+    at(0, &RDS, &[]).failed(&[&format!("connecting to {ENDPOINT}:0"), "os error"]);
 }
 
 #[test]
@@ -269,11 +257,13 @@ fn numbers_are_taken_to_the_end_of_their_range_and_no_further() {
 #[test]
 fn no_limit_at_all_is_not_to_be_had() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port().to_string();
+    let port = listener.local_addr().unwrap().port();
     std::thread::scope(|scope| {
         for value in ["0", "-1"] {
-            let vars = with(&RDS, &[("PG.PORT", &port), ("PG.CONNECT_TIMEOUT", value)]);
-            scope.spawn(move || demo(&vars).failed(&[ENDPOINT, "no answer within 10s"]));
+            scope.spawn(move || {
+                at(port, &RDS, &[("PG.CONNECT_TIMEOUT", value)])
+                    .failed(&[ENDPOINT, "no answer within 10s"])
+            });
         }
     });
 }

@@ -18,11 +18,13 @@ use std::io::Error;
 use std::thread::scope;
 
 use fake::{
-    CLEARTEXT_PASSWORD, Fake, WELCOME, Wire, acceptor, black_hole, message, silence, startup, tls,
+    CLEARTEXT_PASSWORD, Fake, WELCOME, Wire, acceptor, black_hole, message, only_says, silence,
+    startup, tls,
 };
 use local_rds::{Authority, ENDPOINT, KeyType, LocalRds};
 use support::{
-    RDS, Run, Var, demo, eventually, full, kill, shutting_down, while_the_query_runs, with,
+    RDS, Run, Var, at, demo, eventually, file, full, kill, shutting_down, terminate,
+    while_the_query_runs, with,
 };
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
@@ -140,21 +142,19 @@ fn cause(with_tls: bool, point: Point, fault: Fault) -> &'static str {
 fn every_fault_at_every_point_is_an_error_within_the_time_allowed() {
     let authority = Authority::new(KeyType::Ecc384).unwrap();
     let acceptor = acceptor(&authority.issue(ENDPOINT, |_| {}).unwrap());
-    let roots = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(&roots, authority.root()).unwrap();
-    let roots = roots.path().to_str().unwrap();
+    let roots = file(authority.root());
+    let roots = roots.to_str().unwrap();
     let case = |with_tls: bool, point: Point, fault: Fault, limit: &str| {
         let acceptor = with_tls.then(|| acceptor.clone());
         let fake = Fake::new(move |wire| server(wire, acceptor.clone(), point, fault));
         let roots = if with_tls { roots } else { "" };
-        let port = fake.port.to_string();
-        let change = [
-            ("PG.PORT", port.as_str()),
-            ("DB_CA_CERT", roots),
-            ("PG.CONNECT_TIMEOUT", limit),
-        ];
-        let run = demo(&with(&RDS, &change));
-        run.failed(&[ENDPOINT, &port, cause(with_tls, point, fault)]);
+        let change = [("DB_CA_CERT", roots), ("PG.CONNECT_TIMEOUT", limit)];
+        let run = at(fake.port, &RDS, &change);
+        run.failed(&[
+            ENDPOINT,
+            &fake.port.to_string(),
+            cause(with_tls, point, fault),
+        ]);
         if fault == Silence {
             let limit = if limit.is_empty() { "10" } else { limit };
             run.failed(&[&format!("no answer within {limit}s (PG.CONNECT_TIMEOUT)")]);
@@ -181,15 +181,8 @@ fn every_fault_at_every_point_is_an_error_within_the_time_allowed() {
 
 /// Without TLS, to a fake server.
 fn plainly(fake: &Fake) -> Run {
-    let port = fake.port.to_string();
-    demo(&with(
-        &RDS,
-        &[
-            ("PG.PORT", &port),
-            ("DB_CA_CERT", ""),
-            ("PG.CONNECT_TIMEOUT", "2"),
-        ],
-    ))
+    let change = [("DB_CA_CERT", ""), ("PG.CONNECT_TIMEOUT", "2")];
+    at(fake.port, &RDS, &change)
 }
 
 #[test]
@@ -261,18 +254,13 @@ fn an_answer_that_is_none_is_an_error() {
 
 #[test]
 fn a_port_where_nobody_listens_refuses() {
-    demo(&with(&RDS, &[("PG.PORT", "1")]))
-        .failed(&[&format!("connecting to {ENDPOINT}:1"), "Connection refused"]);
+    at(1, &RDS, &[]).failed(&[&format!("connecting to {ENDPOINT}:1"), "Connection refused"]);
 }
 
 #[test]
 fn a_packet_that_is_dropped_is_not_waited_for_for_minutes() {
     let (port, ..) = &black_hole();
-    demo(&with(
-        &RDS,
-        &[("PG.PORT", &port.to_string()), ("PG.CONNECT_TIMEOUT", "2")],
-    ))
-    .failed(&[
+    at(*port, &RDS, &[("PG.CONNECT_TIMEOUT", "2")]).failed(&[
         ENDPOINT,
         "error connecting to server",
         "connection timed out",
@@ -282,17 +270,9 @@ fn a_packet_that_is_dropped_is_not_waited_for_for_minutes() {
 #[test]
 fn of_several_hosts_the_next_is_tried_in_time_whatever_is_wrong_with_the_first() {
     let silent = |point| Fake::new(move |wire| server(wire, None, point, Silence));
-    let says_yes_and_no_more = Fake::new(|mut wire: Wire| async move {
-        startup(&mut wire).await?;
-        wire.write_all(b"S").await?;
-        silence(wire).await
-    });
+    let says_yes_and_no_more = only_says(b"S");
     let closes = Fake::new(|wire| server(wire, None, Accept, Close));
-    let no_tls = Fake::new(|mut wire: Wire| async move {
-        startup(&mut wire).await?;
-        wire.write_all(b"N").await?;
-        silence(wire).await
-    });
+    let no_tls = only_says(b"N");
     let after_accept = silent(Accept);
     let (hole, ..) = &black_hole();
     let good = RDS.port();
@@ -341,17 +321,9 @@ fn of_several_hosts_the_next_is_tried_in_time_whatever_is_wrong_with_the_first()
 #[test]
 fn a_host_whose_name_is_gone_is_passed_over() {
     let live = LocalRds::builder().force_ssl(false).start().unwrap();
-    let port = live.port().to_string();
     let hosts = ("PG.HOST", "gone.invalid,127.0.0.1");
-    let run = demo(&with(
-        &live,
-        &[
-            hosts,
-            ("PG.HOSTADDR", ""),
-            ("PG.PORT", &port),
-            ("DB_CA_CERT", ""),
-        ],
-    ));
+    let change = [hosts, ("PG.HOSTADDR", ""), ("DB_CA_CERT", "")];
+    let run = demo(&with(&live, &change));
     run.succeeded();
     assert!(
         run.output.contains("connecting to gone.invalid:"),
@@ -405,12 +377,7 @@ fn a_server_without_a_free_connection_says_so() {
 
 #[test]
 fn a_session_that_is_ended_while_its_query_runs_says_why() {
-    let run = while_the_query_runs(&RDS, "60", |admin, pid| {
-        admin
-            .query("SELECT pg_terminate_backend($1)", &[&pid])
-            .unwrap();
-    });
-    run.failed(&[
+    while_the_query_runs(&RDS, "60", terminate).failed(&[
         ENDPOINT,
         "SELECT * FROM",
         "FATAL: terminating connection due to administrator command",

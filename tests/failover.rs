@@ -4,7 +4,7 @@
 mod support;
 
 use local_rds::{ENDPOINT, LocalRds};
-use support::{Run, Var, demo, eventually, with};
+use support::{Run, Var, changed, demo, eventually, file, with};
 
 fn hosts(of: &[&LocalRds], change: &[(&str, &str)]) -> Vec<Var> {
     let list = |entry: &dyn Fn(&LocalRds) -> String| {
@@ -85,12 +85,10 @@ fn the_same_variables_find_the_primary_before_a_failover_and_after() {
         .query("SELECT pg_promote()", &[])
         .unwrap();
     // The root certificate is the authority's, and outlives the server.
-    let roots = tempfile::NamedTempFile::new().unwrap();
-    std::fs::copy(primary.roots(), &roots).unwrap();
+    let roots = file(std::fs::read(primary.roots()).unwrap());
     drop(primary);
-    for mut vars in variables {
-        vars.retain(|(name, _)| name != "DB_CA_CERT");
-        vars.push(("DB_CA_CERT".into(), roots.path().into()));
+    for vars in variables {
+        let vars = changed(vars, &[("DB_CA_CERT", roots.to_str().unwrap())]);
         ends_up(&standby, &vars);
     }
 }

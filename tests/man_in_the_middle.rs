@@ -14,24 +14,13 @@ mod support;
 
 use std::io::Error;
 
-use fake::{CLEARTEXT_PASSWORD, Fake, Wire, acceptor, message, silence, startup, tls};
+use fake::{CLEARTEXT_PASSWORD, Fake, SSL_REQUEST, Wire, acceptor, message, silence, startup, tls};
 use local_rds::{Authority, ENDPOINT, KeyType, LocalRds};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa};
-use support::{RDS, Run, demo, with};
+use support::{RDS, at, demo, with};
 use time::{Duration, OffsetDateTime};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::TcpStream;
-
-/// All that a client which requires TLS says in plaintext.
-const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
-
-fn through(fake: &Fake, change: &[(&str, &str)]) -> Run {
-    let port = fake.port.to_string();
-    demo(&with(
-        &RDS,
-        &[&[("PG.PORT", port.as_str())], change].concat(),
-    ))
-}
 
 /// Answers SSLRequest like this, and then asks for the password.
 fn trap(answer: &'static [u8]) -> Fake {
@@ -48,8 +37,12 @@ fn trap(answer: &'static [u8]) -> Fake {
 #[test]
 fn the_trap_works_on_a_client_without_tls() {
     let trap = trap(b"N");
-    through(&trap, &[("DB_CA_CERT", ""), ("PG.CONNECT_TIMEOUT", "1")])
-        .failed(&["no answer within 1s"]);
+    at(
+        trap.port,
+        &RDS,
+        &[("DB_CA_CERT", ""), ("PG.CONNECT_TIMEOUT", "1")],
+    )
+    .failed(&["no answer within 1s"]);
     assert!(
         trap.heard()[0].ends_with(b"throwaway\0"),
         "{:?}",
@@ -67,7 +60,7 @@ fn a_server_that_says_it_has_no_tls_hears_nothing_more() {
         b"\0\xff\x16\x03\x01garbage",
     ] {
         let trap = trap(answer);
-        through(&trap, &[]).failed(&[ENDPOINT, "server does not support TLS"]);
+        at(trap.port, &RDS, &[]).failed(&[ENDPOINT, "server does not support TLS"]);
         assert_eq!(trap.heard(), [SSL_REQUEST], "{answer:?}");
     }
 }
@@ -79,7 +72,7 @@ fn direct_tls_says_nothing_in_plaintext_at_all() {
         wire.write_all(CLEARTEXT_PASSWORD).await?;
         silence(wire).await
     });
-    through(&trap, &[("PG.SSLNEGOTIATION", "direct")]).failed(&[ENDPOINT, "TLS handshake"]);
+    at(trap.port, &RDS, &[("PG.SSLNEGOTIATION", "direct")]).failed(&[ENDPOINT, "TLS handshake"]);
     only_tls(&trap.heard()[0]);
 }
 
@@ -92,7 +85,7 @@ fn plaintext_after_yes_to_tls_is_not_taken_for_an_answer() {
         b"SN",
     ] {
         let trap = trap(after);
-        through(&trap, &[("PG.CONNECT_TIMEOUT", "2")]).failed(&[ENDPOINT]);
+        at(trap.port, &RDS, &[("PG.CONNECT_TIMEOUT", "2")]).failed(&[ENDPOINT]);
         let heard = &trap.heard()[0];
         assert_eq!(heard[..8], SSL_REQUEST);
         only_tls(&heard[8..]);
@@ -304,13 +297,7 @@ fn channel_binding_gives_a_relay_away_that_has_a_certificate_of_the_same_authori
         .certificate(&certificate, authority.root())
         .start()
         .unwrap();
-    let run = |fake: &Fake, binding: &str| {
-        let port = fake.port.to_string();
-        demo(&with(
-            &rds,
-            &[("PG.PORT", &port), ("PG.CHANNEL_BINDING", binding)],
-        ))
-    };
+    let run = |fake: &Fake, binding: &str| at(fake.port, &rds, &[("PG.CHANNEL_BINDING", binding)]);
 
     let honest = relay(&rds, &authority, |_| {});
     for binding in ["", "prefer", "require"] {

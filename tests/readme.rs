@@ -13,14 +13,21 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Stdio;
 
-use fake::{Fake, acceptor, black_hole, silence, startup, tls};
+use fake::{Fake, acceptor, black_hole, only_says, silence, tls};
 use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, PASSWORD};
 use regex::Regex;
-use support::{RDS, Run, demo, full, shutting_down, vars, while_the_query_runs, with};
+use support::{
+    KEYWORDS, RDS, Run, at, demo, file, full, shutting_down, terminate, vars, while_the_query_runs,
+    with,
+};
 use tempfile::TempDir;
-use tokio::io::AsyncWriteExt;
 
 const PROJECT: &str = env!("CARGO_MANIFEST_DIR");
+
+/// Where Cargo builds, so that what the README runs need not be built anew.
+fn target() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap()
+}
 
 fn readme() -> String {
     fs::read_to_string("README.md").unwrap()
@@ -204,35 +211,22 @@ fn its_commands_give_its_outputs() {
     let world = World::new();
     let version = world.forced.version().unwrap();
     let (hole, ..) = &black_hole();
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR"))
-        .parent()
-        .unwrap()
-        .to_str()
-        .unwrap();
-    let path = format!(
-        "{}:{}",
-        world.folder.path().display(),
-        std::env::var("PATH").unwrap()
-    );
-    let mut shell = BTreeMap::from([("PATH", path.as_str()), ("CARGO_TARGET_DIR", target)]);
-    let inherited: Vec<_> = std::env::vars().collect();
-    for (name, value) in &inherited {
-        if [
-            "HOME",
-            "CARGO_HOME",
-            "RUSTUP_HOME",
-            "LOCAL_RDS_BIN",
-            "TMPDIR",
-        ]
-        .contains(&name.as_str())
-        {
-            shell.insert(name, value);
-        }
-    }
-    let shell: BTreeMap<_, _> = shell
-        .into_iter()
-        .map(|(n, v)| (n.to_owned(), v.to_owned()))
+    let inherited = [
+        "PATH",
+        "HOME",
+        "CARGO_HOME",
+        "RUSTUP_HOME",
+        "LOCAL_RDS_BIN",
+        "TMPDIR",
+    ];
+    let mut shell: BTreeMap<_, _> = std::env::vars()
+        .filter(|(name, _)| inherited.contains(&name.as_str()))
         .collect();
+    let folder = world.folder.path().display();
+    let path = shell.get_mut("PATH").unwrap();
+    *path = format!("{folder}:{path}");
+    let target = target().to_str().unwrap().to_owned();
+    shell.insert("CARGO_TARGET_DIR".to_owned(), target);
 
     // Each section goes on where the walkthrough has ended; within one it is the same shell.
     let mut walkthrough = shell.clone();
@@ -349,29 +343,8 @@ fn its_table_of_settings_has_all_that_are_accepted_with_values_that_are() {
         }
         listed.insert(name);
     }
-    let keywords = [
-        "user",
-        "password",
-        "dbname",
-        "options",
-        "application_name",
-        "sslmode",
-        "sslnegotiation",
-        "host",
-        "hostaddr",
-        "port",
-        "connect_timeout",
-        "tcp_user_timeout",
-        "keepalives",
-        "keepalives_idle",
-        "keepalives_interval",
-        "keepalives_retries",
-        "target_session_attrs",
-        "channel_binding",
-        "load_balance_hosts",
-    ];
-    let mut expected: BTreeSet<_> = keywords
-        .map(|keyword| format!("PG.{}", keyword.to_uppercase()))
+    let mut expected: BTreeSet<_> = KEYWORDS
+        .map(|(keyword, _)| format!("PG.{}", keyword.to_uppercase()))
         .into();
     expected.extend(["DB_CA_CERT".to_owned(), "RUST_LOG".to_owned()]);
     assert_eq!(listed, expected);
@@ -381,22 +354,12 @@ fn its_table_of_settings_has_all_that_are_accepted_with_values_that_are() {
 fn provoked() -> BTreeMap<&'static str, Run> {
     let of = |change: &[(&str, &str)]| demo(&with(&RDS, change));
     let at = |port: u16, change: &[(&str, &str)]| {
-        of(&[
-            &[
-                ("PG.PORT", port.to_string().as_str()),
-                ("PG.CONNECT_TIMEOUT", "2"),
-            ],
-            change,
-        ]
-        .concat())
+        let limit = [("PG.CONNECT_TIMEOUT", "2")];
+        at(port, &RDS, &[&limit, change].concat())
     };
     let (hole, ..) = &black_hole();
     let silent = Fake::new(silence);
-    let no_tls = Fake::new(|mut wire| async move {
-        startup(&mut wire).await?;
-        wire.write_all(b"N").await?;
-        silence(wire).await
-    });
+    let no_tls = only_says(b"N");
     let authority = Authority::new(KeyType::Ecc384).unwrap();
     let yesterday = time::OffsetDateTime::now_utc() - time::Duration::DAY;
     let expired = acceptor(
@@ -408,8 +371,7 @@ fn provoked() -> BTreeMap<&'static str, Run> {
         let expired = expired.clone();
         async move { silence(tls(wire, &expired).await?).await }
     });
-    let roots = tempfile::NamedTempFile::new().unwrap();
-    fs::write(&roots, authority.root()).unwrap();
+    let roots = file(authority.root());
     let iam = [
         ("PG.USER", IAM_USER),
         ("PG.PASSWORD", &RDS.iam_token()),
@@ -419,11 +381,7 @@ fn provoked() -> BTreeMap<&'static str, Run> {
     let (ending, _session) = shutting_down();
     let primary = LocalRds::builder().start().unwrap();
     let standby = primary.standby().unwrap();
-    let ended = while_the_query_runs(&primary, "60", |admin, pid| {
-        admin
-            .query("SELECT pg_terminate_backend($1)", &[&pid])
-            .unwrap();
-    });
+    let ended = while_the_query_runs(&primary, "60", terminate);
     BTreeMap::from([
         ("connection timed out", at(*hole, &[])),
         ("no answer within", at(silent.port, &[])),
@@ -446,10 +404,7 @@ fn provoked() -> BTreeMap<&'static str, Run> {
         ),
         (
             "certificate expired",
-            at(
-                expired.port,
-                &[("DB_CA_CERT", roots.path().to_str().unwrap())],
-            ),
+            at(expired.port, &[("DB_CA_CERT", roots.to_str().unwrap())]),
         ),
         ("server does not support TLS", at(no_tls.port, &[])),
         (
@@ -507,16 +462,16 @@ fn its_table_of_errors_has_the_words_of_errors_that_happen() {
     );
 }
 
+/// What stands after the first `start`, up to the next `end`.
+fn between<'a>(text: &'a str, start: &str, end: &str) -> &'a str {
+    let (_, rest) = text.split_once(start).unwrap();
+    rest.split_once(end).unwrap().0
+}
+
 #[test]
 fn its_pool_compiles_and_connects() {
     let section = section("Take it into your project");
-    let code = section
-        .split_once("```rust\n")
-        .unwrap()
-        .1
-        .split_once("```")
-        .unwrap()
-        .0;
+    let code = between(&section, "```rust\n", "```");
     let program = fs::read_to_string("src/main.rs").unwrap();
     let program = program.replace(
         "fn main() -> Result<()> {",
@@ -536,13 +491,7 @@ fn its_pool_compiles_and_connects() {
         }"#;
 
     let manifest = fs::read_to_string("Cargo.toml").unwrap();
-    let dependencies = manifest
-        .split_once("[dependencies]\n")
-        .unwrap()
-        .1
-        .split_once("\n\n")
-        .unwrap()
-        .0;
+    let dependencies = between(&manifest, "[dependencies]\n", "\n\n");
     let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join("pool");
     fs::create_dir_all(project.join("src")).unwrap();
     fs::write(
@@ -559,10 +508,7 @@ fn its_pool_compiles_and_connects() {
     let output = std::process::Command::new(env!("CARGO"))
         .args(["run", "-q", "--offline"])
         .current_dir(&project)
-        .env(
-            "CARGO_TARGET_DIR",
-            Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap(),
-        )
+        .env("CARGO_TARGET_DIR", target())
         .envs(RDS.env())
         .output()
         .unwrap();

@@ -8,18 +8,13 @@ use std::time::Duration;
 
 use local_rds::LocalRds;
 use relay::Relay;
-use support::{RDS, demo, with};
+use support::{RDS, at, demo, with};
 
 /// The round trips of a run: TCP, SSLRequest, TLS, start-up, SCRAM's two, and the query.
 #[track_caller]
 fn round_trips(rds: &LocalRds, change: &[(&str, &str)]) -> usize {
     let relay = Relay::new(rds.port(), Duration::from_millis(50));
-    let port = relay.port.to_string();
-    demo(&with(
-        rds,
-        &[&[("PG.PORT", port.as_str())], change].concat(),
-    ))
-    .succeeded();
+    at(relay.port, rds, change).succeeded();
     let [round_trips] = relay.round_trips()[..] else {
         panic!("more than one connection")
     };

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
 
 use local_rds::{ENDPOINT, LocalRds};
-use support::{RDS, Run, demo, vars, with};
+use support::{KEYWORDS, PROGRAM, RDS, Run, changed, demo, vars, with};
 use tokio_postgres::Config;
 use tokio_postgres::config::{
     ChannelBinding, LoadBalanceHosts, SslMode, SslNegotiation, TargetSessionAttrs,
@@ -20,10 +20,7 @@ const NOWHERE: [(&str, &str); 3] = [
 ];
 
 fn nowhere(change: &[(&str, &str)]) -> Run {
-    let mut all = NOWHERE.to_vec();
-    all.retain(|(name, _)| change.iter().all(|(other, _)| name != other));
-    all.extend(change);
-    demo(&vars(all))
+    demo(&changed(vars(NOWHERE), change))
 }
 
 /// The line that logs the settings, without the time and the level.
@@ -59,27 +56,6 @@ fn every_keyword_is_understood() {
         .target_session_attrs(TargetSessionAttrs::ReadWrite)
         .channel_binding(ChannelBinding::Disable)
         .load_balance_hosts(LoadBalanceHosts::Random);
-    let all = [
-        ("user", "u"),
-        ("password", "p"),
-        ("dbname", "d"),
-        ("options", "-c geqo=off"),
-        ("application_name", "a"),
-        ("sslmode", "disable"),
-        ("sslnegotiation", "postgres"),
-        ("host", "localhost"),
-        ("hostaddr", "127.0.0.1"),
-        ("port", "1"),
-        ("connect_timeout", "2"),
-        ("tcp_user_timeout", "3"),
-        ("keepalives", "0"),
-        ("keepalives_idle", "4"),
-        ("keepalives_interval", "5"),
-        ("keepalives_retries", "6"),
-        ("target_session_attrs", "read-write"),
-        ("channel_binding", "disable"),
-        ("load_balance_hosts", "random"),
-    ];
     let settings = format!("{{ pg: [{expected:?}], db_ca_cert: None }}");
     for prefix in ["PG.", "PG__", "pg.", "Pg__"] {
         for upper in [true, false] {
@@ -87,7 +63,9 @@ fn every_keyword_is_understood() {
                 true => format!("{prefix}{}", keyword.to_uppercase()),
                 false => format!("{prefix}{keyword}"),
             };
-            let run = demo(&vars(all.map(|(keyword, value)| (name(keyword), value))));
+            let run = demo(&vars(
+                KEYWORDS.map(|(keyword, value)| (name(keyword), value)),
+            ));
             assert_eq!(logged(&run), settings);
             run.failed(&["connecting to localhost:1", "Connection refused"]);
         }
@@ -313,7 +291,7 @@ fn settings_are_logged_at_debug_and_only_there() {
 
 #[test]
 fn the_answer_is_shown_without_rust_log() {
-    let output = assert_cmd::Command::new(env!("CARGO_BIN_EXE_tokio-postgres-rustls-rds-demo"))
+    let output = assert_cmd::Command::new(PROGRAM)
         .env_clear()
         .envs(RDS.env())
         .output()
@@ -328,7 +306,6 @@ fn the_answer_is_shown_without_rust_log() {
 
 #[test]
 fn names_with_a_dot_come_through_env_and_not_through_shells() {
-    let program = env!("CARGO_BIN_EXE_tokio-postgres-rustls-rds-demo");
     let end = |command: &str, args: &[&str]| {
         let output = std::process::Command::new(command)
             .env_remove("RUST_LOG")
@@ -339,11 +316,11 @@ fn names_with_a_dot_come_through_env_and_not_through_shells() {
     };
     let seen = "connecting to nowhere.invalid:";
     let not_seen = "no host: set PG.HOST";
-    assert!(end("env", &["PG.HOST=nowhere.invalid", program]).contains(seen));
-    assert!(end("env", &["PG__HOST=nowhere.invalid", "sh", "-c", program]).contains(seen));
+    assert!(end("env", &["PG.HOST=nowhere.invalid", PROGRAM]).contains(seen));
+    assert!(end("env", &["PG__HOST=nowhere.invalid", "sh", "-c", PROGRAM]).contains(seen));
     let refused = end(
         "bash",
-        &["-c", &format!("export PG.HOST=nowhere.invalid; {program}")],
+        &["-c", &format!("export PG.HOST=nowhere.invalid; {PROGRAM}")],
     );
     assert!(
         refused.contains("not a valid identifier") && refused.contains(not_seen),
@@ -352,7 +329,7 @@ fn names_with_a_dot_come_through_env_and_not_through_shells() {
     if std::fs::exists("/bin/dash").unwrap() {
         let dropped = end(
             "env",
-            &["PG.HOST=nowhere.invalid", "/bin/dash", "-c", program],
+            &["PG.HOST=nowhere.invalid", "/bin/dash", "-c", PROGRAM],
         );
         assert!(dropped.contains(not_seen), "{dropped}");
     }

@@ -14,7 +14,7 @@ use rustls::HandshakeKind::{Full, Resumed};
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use rustls::{ClientConfig, ClientConnection, HandshakeKind, RootCertStore};
 use rustls::{StreamOwned, SupportedProtocolVersion};
-use support::{RDS, demo, with};
+use support::{RDS, demo, file, with};
 use tokio::io::AsyncWriteExt;
 
 #[test]
@@ -24,17 +24,8 @@ fn connects_with_each_of_the_three_key_types() {
         demo(&with(&rds, &[])).succeeded();
         // With both the whole bundle and the root, as an instance's own is one of many.
         let bundle = std::fs::read("ca-certificates/global-bundle.pem").unwrap();
-        let both = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(
-            &both,
-            [bundle, std::fs::read(rds.roots()).unwrap()].concat(),
-        )
-        .unwrap();
-        demo(&with(
-            &rds,
-            &[("DB_CA_CERT", both.path().to_str().unwrap())],
-        ))
-        .succeeded();
+        let both = file([bundle, std::fs::read(rds.roots()).unwrap()].concat());
+        demo(&with(&rds, &[("DB_CA_CERT", both.to_str().unwrap())])).succeeded();
     }
 }
 
@@ -138,13 +129,8 @@ fn requires_and_verifies_where_sslmode_says_so() {
 
 #[test]
 fn refuses_another_authority_with_the_very_same_names() {
-    let other = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(&other, Authority::new(KeyType::Rsa2048).unwrap().root()).unwrap();
-    demo(&with(
-        &RDS,
-        &[("DB_CA_CERT", other.path().to_str().unwrap())],
-    ))
-    .failed(&[
+    let other = file(Authority::new(KeyType::Rsa2048).unwrap().root());
+    demo(&with(&RDS, &[("DB_CA_CERT", other.to_str().unwrap())])).failed(&[
         ENDPOINT,
         "error performing TLS handshake",
         "invalid peer certificate",
@@ -198,7 +184,7 @@ fn second_handshake(
     let config = Arc::new(config);
     let [_, second] = [(); 2].map(|()| {
         let mut tcp = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
-        tcp.write_all(b"\0\0\0\x08\x04\xd2\x16\x2f").unwrap(); // SSLRequest
+        tcp.write_all(&fake::SSL_REQUEST).unwrap();
         tcp.read_exact(&mut [0]).unwrap();
         let client = ClientConnection::new(config.clone(), ENDPOINT.try_into().unwrap()).unwrap();
         let mut tls = StreamOwned::new(client, tcp);

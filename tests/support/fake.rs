@@ -2,21 +2,23 @@
 
 #![allow(dead_code)] // As of support: each file of tests uses its part.
 
-use std::future::Future;
-use std::net::Ipv4Addr;
-use std::sync::{Arc, LazyLock, Mutex};
+#[path = "listener.rs"]
+mod listener;
 
+use std::future::Future;
+use std::sync::{Arc, Mutex};
+
+use listener::{RUNTIME, listen};
 use local_rds::ServerCertificate;
 use rustls::ServerConfig;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::runtime::Runtime;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::io::InspectReader;
 
-pub static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().unwrap());
-
+/// All that a client which requires TLS says in plaintext.
+pub const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
 /// What clients are told when a server asks for the password as it is.
 pub const CLEARTEXT_PASSWORD: &[u8] = b"R\0\0\0\x08\0\0\0\x03";
 /// The end of a log-in: authenticated, and ready for a query.
@@ -37,20 +39,13 @@ impl Fake {
     where
         F: Future<Output = std::io::Result<()>> + Send + 'static,
     {
-        let listener = RUNTIME
-            .block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
-            .unwrap();
-        let port = listener.local_addr().unwrap().port();
         let heard = Arc::new(Mutex::new(Vec::new()));
-        let record = Arc::clone(&heard);
-        RUNTIME.spawn(async move {
-            for nth in 0.. {
-                let (stream, _) = listener.accept().await.unwrap();
-                let record = Arc::clone(&record);
-                record.lock().unwrap().push(Vec::new());
-                let inspect = move |bytes: &[u8]| record.lock().unwrap()[nth].extend(bytes);
-                tokio::spawn(script(Wire::new(stream, Box::new(inspect))));
-            }
+        let all = Arc::clone(&heard);
+        let port = listen(move |nth, stream| {
+            let record = Arc::clone(&all);
+            record.lock().unwrap().push(Vec::new());
+            let inspect = move |bytes: &[u8]| record.lock().unwrap()[nth].extend(bytes);
+            script(Wire::new(stream, Box::new(inspect)))
         });
         Self { port, heard }
     }
@@ -59,6 +54,15 @@ impl Fake {
     pub fn heard(&self) -> Vec<Vec<u8>> {
         self.heard.lock().unwrap().clone()
     }
+}
+
+/// A server that answers SSLRequest like this, and says no more.
+pub fn only_says(answer: &'static [u8]) -> Fake {
+    Fake::new(move |mut wire| async move {
+        startup(&mut wire).await?;
+        wire.write_all(answer).await?;
+        silence(wire).await
+    })
 }
 
 /// Reads what comes until the client has had enough, and says no more.

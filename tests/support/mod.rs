@@ -9,6 +9,32 @@ use std::time::{Duration, Instant};
 
 use local_rds::LocalRds;
 use postgres::Client;
+use tempfile::{NamedTempFile, TempPath};
+
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_tokio-postgres-rustls-rds-demo");
+
+/// Every keyword, with a value that it takes.
+pub const KEYWORDS: [(&str, &str); 19] = [
+    ("user", "u"),
+    ("password", "p"),
+    ("dbname", "d"),
+    ("options", "-c geqo=off"),
+    ("application_name", "a"),
+    ("sslmode", "disable"),
+    ("sslnegotiation", "postgres"),
+    ("host", "localhost"),
+    ("hostaddr", "127.0.0.1"),
+    ("port", "1"),
+    ("connect_timeout", "2"),
+    ("tcp_user_timeout", "3"),
+    ("keepalives", "0"),
+    ("keepalives_idle", "4"),
+    ("keepalives_interval", "5"),
+    ("keepalives_retries", "6"),
+    ("target_session_attrs", "read-write"),
+    ("channel_binding", "disable"),
+    ("load_balance_hosts", "random"),
+];
 
 /// An instance with the defaults, for all tests of a file that change nothing about it.
 pub static RDS: LazyLock<LocalRds> = LazyLock::new(|| LocalRds::builder().start().unwrap());
@@ -23,9 +49,13 @@ pub fn vars<N: AsRef<OsStr>, V: AsRef<OsStr>>(all: impl IntoIterator<Item = (N, 
         .collect()
 }
 
-/// Those of `rds` with `change` on top, in which an empty value takes a variable away.
+/// Those of `rds` with `change` on top.
 pub fn with(rds: &LocalRds, change: &[(&str, &str)]) -> Vec<Var> {
-    let mut all = vars(rds.env());
+    changed(vars(rds.env()), change)
+}
+
+/// These with `change` on top, in which an empty value takes a variable away.
+pub fn changed(mut all: Vec<Var>, change: &[(&str, &str)]) -> Vec<Var> {
     all.retain(|(name, _)| change.iter().all(|(other, _)| name != other));
     all.extend(vars(
         change
@@ -34,6 +64,13 @@ pub fn with(rds: &LocalRds, change: &[(&str, &str)]) -> Vec<Var> {
             .copied(),
     ));
     all
+}
+
+/// A file with this content, for as long as the path to it is kept.
+pub fn file(content: impl AsRef<[u8]>) -> TempPath {
+    let file = NamedTempFile::new().unwrap();
+    std::fs::write(&file, content).unwrap();
+    file.into_temp_path()
 }
 
 /// How a run of the program ended.
@@ -46,7 +83,7 @@ pub struct Run {
 /// Runs the program with these variables and no others, at `RUST_LOG=trace` unless they say
 /// otherwise. However it ends, it must end by itself, without panic, and keep the password.
 pub fn demo(vars: &[Var]) -> Run {
-    let output = assert_cmd::Command::new(env!("CARGO_BIN_EXE_tokio-postgres-rustls-rds-demo"))
+    let output = assert_cmd::Command::new(PROGRAM)
         .env_clear()
         .env("RUST_LOG", "trace")
         .envs(vars.iter().cloned())
@@ -73,6 +110,15 @@ pub fn demo(vars: &[Var]) -> Run {
         }
     }
     run
+}
+
+/// Runs it with those of `rds`, but to this port, and with `change` on top.
+pub fn at(port: u16, rds: &LocalRds, change: &[(&str, &str)]) -> Run {
+    let port = port.to_string();
+    demo(&with(
+        rds,
+        &[&[("PG.PORT", port.as_str())], change].concat(),
+    ))
 }
 
 /// Waits until it is so, and no longer than a minute.
@@ -150,6 +196,13 @@ pub fn while_the_query_runs(
     };
     done(&mut admin, pid);
     run.join().unwrap()
+}
+
+/// Ends a session from the server's side.
+pub fn terminate(admin: &mut Client, pid: i32) {
+    admin
+        .query("SELECT pg_terminate_backend($1)", &[&pid])
+        .unwrap();
 }
 
 impl Run {

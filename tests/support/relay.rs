@@ -1,17 +1,18 @@
 //! A relay that makes the way to a server longer, and counts the round trips on it.
 
+#[path = "listener.rs"]
+mod listener;
+
 use std::net::Ipv4Addr;
-use std::sync::{Arc, LazyLock, Mutex};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use listener::listen;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::runtime::Runtime;
 use tokio::sync::mpsc::unbounded_channel;
 use tokio::time::{Instant, sleep, sleep_until};
-
-static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().unwrap());
 
 pub struct Relay {
     pub port: u16,
@@ -28,41 +29,35 @@ struct Trips {
 }
 
 impl Relay {
-    /// To this port on 127.0.0.1, with so long a way to it and back. Of no length at all, it is
-    /// no more than a relay; counting takes some time, to tell answers from the next question.
+    /// To this port on 127.0.0.1, with so long a way to it and back. Of no length at all it
+    /// could not tell an answer from the next question, which it has to for counting.
     pub fn new(to: u16, round_trip: Duration) -> Self {
-        let listener = RUNTIME
-            .block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
-            .unwrap();
-        let port = listener.local_addr().unwrap().port();
         let trips = Arc::new(Mutex::new(Vec::new()));
         let all = Arc::clone(&trips);
-        RUNTIME.spawn(async move {
-            for nth in 0.. {
-                let (client, _) = listener.accept().await.unwrap();
+        let port = listen(move |nth, client| {
+            let (asks, answers) = (Arc::clone(&all), Arc::clone(&all));
+            all.lock().unwrap().push(Trips::default());
+            async move {
                 let server = TcpStream::connect((Ipv4Addr::LOCALHOST, to)).await.unwrap();
                 client.set_nodelay(true).unwrap();
                 server.set_nodelay(true).unwrap();
-                all.lock().unwrap().push(Trips::default());
                 let (from_client, to_client) = client.into_split();
                 let (from_server, to_server) = server.into_split();
-                let (asks, answers) = (Arc::clone(&all), Arc::clone(&all));
-                tokio::spawn(async move {
-                    // That of TCP itself, which the kernel has answered for us at once.
-                    sleep(round_trip).await;
-                    let asks = move || asks.lock().unwrap()[nth].waits = true;
-                    carry(from_client, to_server, round_trip / 2, asks, || {}).await;
-                });
+                let answered = move || {
+                    let trips = &mut answers.lock().unwrap()[nth];
+                    trips.answered += usize::from(std::mem::take(&mut trips.waits));
+                };
                 tokio::spawn(carry(
                     from_server,
                     to_client,
                     round_trip / 2,
                     || {},
-                    move || {
-                        let trips = &mut answers.lock().unwrap()[nth];
-                        trips.answered += usize::from(std::mem::take(&mut trips.waits));
-                    },
+                    answered,
                 ));
+                // That of TCP itself, which the kernel has answered for us at once.
+                sleep(round_trip).await;
+                let asks = move || asks.lock().unwrap()[nth].waits = true;
+                carry(from_client, to_server, round_trip / 2, asks, || {}).await;
             }
         });
         Self { port, trips }
