@@ -7,7 +7,7 @@
 mod relay;
 
 use std::fmt::Display;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,6 @@ use local_rds::{LocalRds, psql};
 use relay::Relay;
 use wait4::Wait4;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_tokio-postgres-rustls-rds-demo");
 const QUERY: &str = "SELECT * FROM information_schema.information_schema_catalog_name";
 /// The first argument of this very program when it is to run another and measure it.
 const MEASURE: &str = "--measure-in-a-small-process";
@@ -35,10 +34,7 @@ fn main() -> Result<()> {
         return measure(args);
     }
 
-    // As people build it: what Cargo builds for a bench has the features of dev-dependencies, too.
-    let build = ["build", "--release", "--quiet"];
-    let built = Command::new(env!("CARGO")).args(build).status()?;
-    ensure!(built.success(), "cargo {build:?}: {built}");
+    let (release, dev) = (&build("release", &["--release"])?, &build("debug", &[])?);
 
     let rds = LocalRds::builder().start()?;
     let mut roots = std::fs::read("ca-certificates/global-bundle.pem")?;
@@ -54,27 +50,29 @@ fn main() -> Result<()> {
         String::from_utf8(client)?.trim()
     );
     println!(
-        "size of the program: {:.2} MiB\n",
-        mebibytes(std::fs::metadata(PROGRAM)?.len() as f64)
+        "size of the release build: {:.2} MiB\n",
+        mebibytes(std::fs::metadata(release)?.len() as f64)
     );
     line("median (least to most)", "program", "psql", "ratio");
 
     let relay = || Relay::new(rds.port(), Duration::from_millis(50));
-    for (round_trip, port, pairs) in [(0, rds.port(), 100), (50, relay().port, 10)] {
-        let pair = || -> Result<[Run; 2]> {
-            Ok([
-                run(Path::new(PROGRAM), &[], &rds, file.path(), port, &[])?,
-                run(&psql, &["-XAtc", QUERY], &rds, file.path(), port, &[])?,
-            ])
-        };
-        pair()?; // Not counted: the first has the programs to read from the disk.
-        let all = (0..pairs).map(|_| pair()).collect::<Result<Vec<_>>>()?;
-        row(&format!("wall, {round_trip} ms away (ms)"), &all, |run| {
-            run.wall * 1e3
-        });
-        if round_trip == 0 {
-            row("CPU (ms)", &all, |run| run.cpu * 1e3);
-            row("peak memory (MiB)", &all, |run| mebibytes(run.peak));
+    for (program, build) in [(release, "release"), (dev, "dev")] {
+        for (round_trip, port, pairs) in [(0, rds.port(), 100), (50, relay().port, 10)] {
+            let pair = || -> Result<[Run; 2]> {
+                Ok([
+                    run(program, &[], &rds, file.path(), port, &[])?,
+                    run(&psql, &["-XAtc", QUERY], &rds, file.path(), port, &[])?,
+                ])
+            };
+            pair()?; // Not counted: the first has the programs to read from the disk.
+            let all = (0..pairs).map(|_| pair()).collect::<Result<Vec<_>>>()?;
+            let name = format!("{build}: wall, {round_trip} ms away (ms)");
+            row(&name, &all, |run| run.wall * 1e3);
+            if round_trip == 0 {
+                row(&format!("{build}: CPU (ms)"), &all, |run| run.cpu * 1e3);
+                let name = format!("{build}: peak memory (MiB)");
+                row(&name, &all, |run| mebibytes(run.peak));
+            }
         }
     }
 
@@ -84,19 +82,29 @@ fn main() -> Result<()> {
         relay.round_trips().pop().context("it has not connected")
     };
     let stock = [
-        count(Path::new(PROGRAM), &[], &[])?,
+        count(release, &[], &[])?,
         count(&psql, &["-XAtc", QUERY], &[])?,
     ];
     let ratio = format!("{:.2}", stock[0] as f64 / stock[1] as f64);
     line("round trips", stock[0], stock[1], &ratio);
     let name = "round trips, direct TLS";
     if server >= 17 {
-        let direct = count(Path::new(PROGRAM), &[], &[("PG.SSLNEGOTIATION", "direct")])?;
+        let direct = count(release, &[], &[("PG.SSLNEGOTIATION", "direct")])?;
         line(name, direct, "", "");
     } else {
         line(name, "needs PostgreSQL 17", "", "");
     }
     Ok(())
+}
+
+/// The program as people build it: what Cargo builds for a bench has the features of
+/// dev-dependencies, too.
+fn build(folder: &str, profile: &[&str]) -> Result<PathBuf> {
+    let mut cargo = Command::new(env!("CARGO"));
+    let built = cargo.args(["build", "-q"]).args(profile).status()?;
+    ensure!(built.success(), "{cargo:?}: {built}");
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name(folder);
+    Ok(target.join("tokio-postgres-rustls-rds-demo"))
 }
 
 fn line(name: &str, program: impl Display, psql: impl Display, ratio: &str) {

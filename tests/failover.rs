@@ -4,7 +4,7 @@
 mod support;
 
 use local_rds::{ENDPOINT, LocalRds};
-use support::{Run, Var, changed, demo, eventually, file, with};
+use support::{Var, changed, demo, eventually, file, with};
 
 fn hosts(of: &[&LocalRds], change: &[(&str, &str)]) -> Vec<Var> {
     let list = |entry: &dyn Fn(&LocalRds) -> String| {
@@ -34,12 +34,10 @@ fn sessions(rds: &LocalRds) -> usize {
 
 /// Runs the program, which is to end up at `there` and nowhere else.
 #[track_caller]
-fn ends_up(there: &LocalRds, vars: &[Var]) -> Run {
+fn ends_up(there: &LocalRds, vars: &[Var]) {
     let before = sessions(there);
-    let run = demo(vars);
-    run.succeeded();
+    demo(vars).succeeded();
     eventually("it has been there", || sessions(there) == before + 1);
-    run
 }
 
 #[test]
@@ -54,11 +52,7 @@ fn the_same_variables_find_the_primary_before_a_failover_and_after() {
     let read_only = ("PG.TARGET_SESSION_ATTRS", "read-only");
     let both = [[&primary, &standby], [&standby, &primary]];
     for of in both {
-        let run = ends_up(&primary, &hosts(&of, &[read_write]));
-        let passed_over = run
-            .output
-            .contains("database does not allow writes; trying the next host");
-        assert_eq!(passed_over, of[0].port() == standby.port());
+        ends_up(&primary, &hosts(&of, &[read_write]));
         ends_up(&standby, &hosts(&of, &[read_only]));
         ends_up(of[0], &hosts(&of, &[]));
     }

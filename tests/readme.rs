@@ -10,17 +10,18 @@ mod support;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use fake::{Fake, acceptor, black_hole, only_says, silence, tls};
+use fake::{Fake, WELCOME, acceptor, black_hole, only_says, silence, startup, tls};
 use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, PASSWORD};
 use regex::Regex;
 use support::{
-    KEYWORDS, RDS, Run, at, demo, file, full, shutting_down, terminate, vars, while_the_query_runs,
-    with,
+    KEYWORDS, RDS, Run, at, demo, file, full, run_of, shutting_down, terminate, vars,
+    while_the_query_runs, with,
 };
 use tempfile::TempDir;
+use tokio::io::AsyncWriteExt;
 
 const PROJECT: &str = env!("CARGO_MANIFEST_DIR");
 
@@ -328,12 +329,7 @@ fn its_table_of_settings_has_all_that_are_accepted_with_values_that_are() {
             ]);
             all.insert(&name, value);
             let run = demo(&vars(all));
-            for refusal in [
-                "unknown option",
-                "invalid value for option",
-                "is not in",
-                "is empty",
-            ] {
+            for refusal in ["unknown option", "invalid value for option", "is empty"] {
                 assert!(
                     !run.error().contains(refusal),
                     "{name}={value}: {}",
@@ -408,7 +404,7 @@ fn provoked() -> BTreeMap<&'static str, Run> {
         ),
         ("server does not support TLS", at(no_tls.port, &[])),
         (
-            "reading the root certificates in",
+            "reading root certificates",
             of(&[("DB_CA_CERT", "/nonexistent")]),
         ),
         (
@@ -436,8 +432,8 @@ fn provoked() -> BTreeMap<&'static str, Run> {
         ("terminating connection due to administrator command", ended),
         ("unknown option", of(&[("PG.PASWORD", "x")])),
         ("invalid value for option", of(&[("PG.PORT", "x")])),
-        ("are one setting, with two values", of(&[("PG__PORT", "1")])),
-        ("no host: set PG.HOST", demo(&[])),
+        ("set the same option", of(&[("PG__PORT", "1")])),
+        ("PG.HOST, which is not set", demo(&[])),
     ])
 }
 
@@ -468,57 +464,116 @@ fn between<'a>(text: &'a str, start: &str, end: &str) -> &'a str {
     rest.split_once(end).unwrap().0
 }
 
-#[test]
-fn its_pool_compiles_and_connects() {
-    let section = section("Take it into your project");
-    let code = between(&section, "```rust\n", "```");
-    let program = fs::read_to_string("src/main.rs").unwrap();
-    let program = program.replace(
-        "fn main() -> Result<()> {",
-        "#[allow(dead_code)]\nfn demo() -> Result<()> {",
-    );
-    let main = r#"
-        fn main() -> Result<()> {
-            tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-                let pool = pool().await?;
-                let session = pool.get().await?;
-                let row = session.query_typed_one(QUERY, &[]).await?;
-                println!("{}", row.try_get::<_, String>(0)?);
-                let tls = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
-                anyhow::ensure!(session.query_typed_one(tls, &[]).await?.get::<_, bool>(0));
-                Ok(())
-            })
-        }"#;
-
-    let manifest = fs::read_to_string("Cargo.toml").unwrap();
-    let dependencies = between(&manifest, "[dependencies]\n", "\n\n");
-    let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join("pool");
-    fs::create_dir_all(project.join("src")).unwrap();
-    fs::write(
-        project.join("src/main.rs"),
-        format!("{program}\n{code}\n{main}"),
-    )
-    .unwrap();
-    fs::copy("Cargo.lock", project.join("Cargo.lock")).unwrap();
+/// A new project with this code and what the README says to copy from `Cargo.toml`, and nothing else.
+fn new_project(name: &str, main: &str, more_dependencies: &str) -> PathBuf {
+    let ours = fs::read_to_string("Cargo.toml").unwrap();
+    let table = |name: &str| between(&(ours.clone() + "\n"), name, "\n\n").to_owned();
     let manifest = format!(
-        "[package]\nname = \"pool\"\nedition = \"2024\"\n[workspace]\n[workspace.dependencies]\nanyhow = \"1\"\n\
-         [dependencies]\ndeadpool-postgres = \"0.14\"\n{dependencies}\n"
+        "[package]\nname = \"{name}\"\nedition = \"2024\"\n\n[workspace]\n\n\
+         [dependencies]{}\n{more_dependencies}\n\n[profile.dev.package]{}\n",
+        table("\n[dependencies]"),
+        table("\n[profile.dev.package]"),
     );
-    fs::write(project.join("Cargo.toml"), manifest).unwrap();
-    let output = std::process::Command::new(env!("CARGO"))
-        .args(["run", "-q", "--offline"])
+    let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    fs::create_dir_all(project.join("src")).unwrap();
+    fs::write(project.join("src/main.rs"), main).unwrap();
+    fs::write(project.join("Cargo.toml"), &manifest).unwrap();
+    fs::copy("Cargo.lock", project.join("Cargo.lock")).unwrap();
+    let built = std::process::Command::new(env!("CARGO"))
+        .args(["rustc", "-q", "--offline", "--", "-D", "warnings"])
         .current_dir(&project)
         .env("CARGO_TARGET_DIR", target())
-        .envs(RDS.env())
         .output()
         .unwrap();
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(
-        String::from_utf8_lossy(&output.stdout),
-        "postgres\n",
-        "{error}"
+    let errors = String::from_utf8_lossy(&built.stderr);
+    assert!(built.status.success(), "{manifest}\n{errors}");
+    target().join("debug").join(name)
+}
+
+#[test]
+fn a_copy_of_the_program_connects_over_tls_and_ends_on_a_silent_server() {
+    let copy = new_project("copied", &fs::read_to_string("src/main.rs").unwrap(), "");
+    run_of(&copy, &with(&RDS, &[])).succeeded();
+    let silent = Fake::new(silence).port.to_string();
+    let silent = [("PG.PORT", &*silent), ("PG.CONNECT_TIMEOUT", "2")];
+    run_of(&copy, &with(&RDS, &silent)).failed(&[ENDPOINT, "no answer within 4s"]);
+}
+
+#[test]
+fn its_pool_connects_over_tls_reaches_the_second_host_and_ends_on_a_silent_server() {
+    let readme = section("Take it into your project");
+    let program = fs::read_to_string("src/main.rs").unwrap();
+    let function = |start: &str| format!("{start}{}\n}}\n", between(&program, start, "\n}\n"));
+    let ask = function("/// Connects, queries");
+    let (_, below_ask) = program.split_once(&ask).unwrap();
+    let code = [
+        between(&readme, "```rust\n", "```"),
+        &function("/// TLS that trusts"),
+        below_ask,
+    ]
+    .join("\n");
+    let pool = new_project("pool", &code, "deadpool-postgres = \"0.14\"");
+
+    let answer = "PostgreSQL 1";
+    let run = run_of(&pool, &with(&RDS, &[]));
+    assert!(
+        run.code == Some(0) && run.output.contains(answer),
+        "{run:?}"
     );
-    assert!(!error.contains("warning"), "{error}");
+    let (hole, ..) = &black_hole();
+    for first in [1, *hole] {
+        let ports = format!("{first},{}", RDS.port());
+        let hosts = format!("{ENDPOINT},{ENDPOINT}");
+        let run = run_of(
+            &pool,
+            &with(
+                &RDS,
+                &[
+                    ("PG.HOST", &hosts),
+                    ("PG.HOSTADDR", "127.0.0.1,127.0.0.1"),
+                    ("PG.PORT", &ports),
+                    ("PG.CONNECT_TIMEOUT", "2"),
+                ],
+            ),
+        );
+        assert!(
+            run.code == Some(0) && run.output.contains(answer),
+            "{run:?}"
+        );
+    }
+    let failing = |change: &[(&str, &str)], words: &[&str]| {
+        let limit = [("PG.CONNECT_TIMEOUT", "2")];
+        run_of(&pool, &with(&RDS, &[&limit, change].concat())).failed(words);
+    };
+    let silent = Fake::new(silence).port.to_string();
+    failing(
+        &[("PG.PORT", &silent)],
+        &[ENDPOINT, &silent, "Timeout occurred while creating"],
+    );
+    failing(&[("PG.PORT", "1")], &[ENDPOINT, "Connection refused"]);
+    failing(
+        &[("DB_CA_CERT", "/nonexistent")],
+        &["DB_CA_CERT=/nonexistent", "No such file"],
+    );
+    failing(&[("DB_CA_CERT", "")], &["DB_CA_CERT is not set"]);
+
+    // It takes the start-up, and then falls silent at the query.
+    let authority = Authority::new(KeyType::Ecc384).unwrap();
+    let acceptor = acceptor(&authority.issue(ENDPOINT, |_| {}).unwrap());
+    let fake = Fake::new(move |wire| {
+        let acceptor = acceptor.clone();
+        async move {
+            let mut session = tls(wire, &acceptor).await?;
+            startup(&mut session).await?;
+            session.write_all(WELCOME).await?;
+            session.flush().await?;
+            silence(session).await
+        }
+    });
+    let roots = file(authority.root());
+    let port = fake.port.to_string();
+    let change = [("PG.PORT", &*port), ("DB_CA_CERT", roots.to_str().unwrap())];
+    failing(&change, &["no answer from", ENDPOINT, "within 4s"]);
 }
 
 #[test]

@@ -67,7 +67,7 @@ fn all_of_the_bundle_is_loaded_and_no_more() {
         let run = demo(&with(&RDS, &[("DB_CA_CERT", file)]));
         assert!(
             run.output
-                .contains(&format!("trust anchors in {file}: {count}\n")),
+                .contains(&format!("(DB_CA_CERT={file}): {count} found\n")),
             "{}",
             run.output
         );

@@ -1,21 +1,9 @@
 //! With `DB_CA_CERT` there is verified TLS or an error; without it, plaintext and a warning.
 
-#[path = "support/fake.rs"]
-mod fake;
 mod support;
 
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpStream};
-use std::sync::Arc;
-
-use fake::Fake;
-use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds};
-use rustls::HandshakeKind::{Full, Resumed};
-use rustls::pki_types::{CertificateDer, pem::PemObject};
-use rustls::{ClientConfig, ClientConnection, HandshakeKind, RootCertStore};
-use rustls::{StreamOwned, SupportedProtocolVersion};
+use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, PASSWORD};
 use support::{RDS, demo, file, with};
-use tokio::io::AsyncWriteExt;
 
 #[test]
 fn connects_with_each_of_the_three_key_types() {
@@ -95,7 +83,7 @@ fn connects_without_tls_where_allowed_and_warns() {
         .setting("log_connections", "on")
         .start()
         .unwrap();
-    for mode in ["", "disable", "allow", "prefer"] {
+    for mode in ["", "disable", "prefer"] {
         let run = demo(&with(&rds, &[("DB_CA_CERT", ""), ("PG.SSLMODE", mode)]));
         run.succeeded();
         assert!(run.output.contains("WARN") && run.output.contains("no DB_CA_CERT, so no TLS"));
@@ -165,57 +153,27 @@ fn direct_tls_goes_past_a_server_older_than_17_only() {
     }
 }
 
-/// The second handshake of a client that would resume the session of its first.
-fn second_handshake(
-    port: u16,
-    root: &str,
-    version: &'static SupportedProtocolVersion,
-) -> HandshakeKind {
-    let mut store = RootCertStore::empty();
-    store
-        .add(CertificateDer::from_pem_slice(root.as_bytes()).unwrap())
-        .unwrap();
-    let config =
-        ClientConfig::builder_with_provider(rustls::crypto::ring::default_provider().into())
-            .with_protocol_versions(&[version])
-            .unwrap()
-            .with_root_certificates(store)
-            .with_no_client_auth();
-    let config = Arc::new(config);
-    let [_, second] = [(); 2].map(|()| {
-        let mut tcp = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
-        tcp.write_all(&fake::SSL_REQUEST).unwrap();
-        tcp.read_exact(&mut [0]).unwrap();
-        let client = ClientConnection::new(config.clone(), ENDPOINT.try_into().unwrap()).unwrap();
-        let mut tls = StreamOwned::new(client, tcp);
-        // Any answer will do: what there is to resume has been sent before it.
-        tls.write_all(b"\0\0\0\x17\0\x03\0\0user\0postgres\0\0")
-            .unwrap();
-        tls.read_exact(&mut [0]).unwrap();
-        tls.conn.handshake_kind().unwrap()
-    });
-    second
+#[test]
+fn the_handshake_is_shown_at_debug_and_no_secret() {
+    let run = demo(&with(&RDS, &[("RUST_LOG", "debug")]));
+    run.succeeded();
+    let alpn = match RDS.version().unwrap() {
+        17.. => "Some(",
+        _ => "None",
+    };
+    for line in [
+        format!("DnsName(\"{ENDPOINT}\")"),
+        "Using ciphersuite TLS13_AES_256_GCM_SHA384".to_owned(),
+        format!("ALPN protocol is {alpn}"),
+    ] {
+        assert!(run.output.contains(&line), "no {line} in {}", run.output);
+    }
+    assert!(!run.output.contains(PASSWORD), "{}", run.output);
 }
 
 #[test]
-fn the_server_resumes_no_session_so_there_is_none_to_keep() {
-    let authority = Authority::new(KeyType::Rsa2048).unwrap();
-    let acceptor = fake::acceptor(&authority.issue(ENDPOINT, |_| {}).unwrap());
-    let other = Fake::new(move |wire| {
-        let acceptor = acceptor.clone();
-        async move {
-            let mut client = fake::tls(wire, &acceptor).await?;
-            fake::startup(&mut client).await?;
-            client.write_all(fake::CLEARTEXT_PASSWORD).await?;
-            fake::silence(client).await
-        }
-    });
-    let root = std::fs::read_to_string(RDS.roots()).unwrap();
-    for version in rustls::ALL_VERSIONS {
-        let second = second_handshake(RDS.port(), &root, version);
-        assert_eq!(second, Full, "{version:?}");
-        // Lest it be the client that does not want to.
-        let second = second_handshake(other.port, authority.root(), version);
-        assert_eq!(second, Resumed, "{version:?}");
-    }
+fn channel_binding_required_is_not_to_be_had_without_tls() {
+    let rds = LocalRds::builder().force_ssl(false).start().unwrap();
+    let binding = [("DB_CA_CERT", ""), ("PG.CHANNEL_BINDING", "require")];
+    demo(&with(&rds, &binding)).failed(&[ENDPOINT, "server did not use channel binding"]);
 }

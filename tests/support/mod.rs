@@ -2,6 +2,7 @@
 #![allow(dead_code)] // Each file of tests uses its part.
 
 use std::ffi::{OsStr, OsString};
+use std::path::Path;
 use std::process::Command;
 use std::sync::LazyLock;
 use std::thread::sleep;
@@ -83,7 +84,12 @@ pub struct Run {
 /// Runs the program with these variables and no others, at `RUST_LOG=trace` unless they say
 /// otherwise. However it ends, it must end by itself, without panic, and keep the password.
 pub fn demo(vars: &[Var]) -> Run {
-    let output = assert_cmd::Command::new(PROGRAM)
+    run_of(PROGRAM.as_ref(), vars)
+}
+
+/// The same with another program.
+pub fn run_of(program: &Path, vars: &[Var]) -> Run {
+    let output = assert_cmd::Command::new(program)
         .env_clear()
         .env("RUST_LOG", "trace")
         .envs(vars.iter().cloned())
