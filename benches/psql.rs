@@ -3,17 +3,13 @@
 //! Times are quoted as ratios: the machine's speed is in both halves of a pair. Round trips are
 //! counted by a relay, and sizes are what the operating system says of a process.
 
-#[path = "../tests/support/relay.rs"]
-mod relay;
-
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use local_rds::{LocalRds, psql};
-use relay::Relay;
+use local_rds::{LocalRds, Relay, psql};
 use wait4::Wait4;
 
 const QUERY: &str = "SELECT * FROM information_schema.information_schema_catalog_name";
@@ -57,7 +53,7 @@ fn main() -> Result<()> {
 
     let relay = || Relay::new(rds.port(), Duration::from_millis(50));
     for (program, build) in [(release, "release"), (dev, "dev")] {
-        for (round_trip, port, pairs) in [(0, rds.port(), 100), (50, relay().port, 10)] {
+        for (round_trip, port, pairs) in [(0, rds.port(), 100), (50, relay()?.port(), 10)] {
             let pair = || -> Result<[Run; 2]> {
                 Ok([
                     run(program, &[], &rds, file.path(), port, &[])?,
@@ -77,8 +73,8 @@ fn main() -> Result<()> {
     }
 
     let count = |program: &Path, args: &[&str], more: &[(&str, &str)]| -> Result<usize> {
-        let relay = relay();
-        run(program, args, &rds, file.path(), relay.port, more)?;
+        let relay = relay()?;
+        run(program, args, &rds, file.path(), relay.port(), more)?;
         relay.round_trips().pop().context("it has not connected")
     };
     let stock = [
@@ -101,6 +97,13 @@ fn main() -> Result<()> {
 /// dev-dependencies, too.
 fn build(folder: &str, profile: &[&str]) -> Result<PathBuf> {
     let mut cargo = Command::new(env!("CARGO"));
+    // Without what Cargo tells the bench of its package, which would make it build ring anew.
+    cargo
+        .env_clear()
+        .envs(std::env::vars_os().filter(|(name, _)| {
+            let name = name.to_string_lossy();
+            !name.starts_with("CARGO_PKG_") && !name.starts_with("CARGO_MANIFEST_")
+        }));
     let built = cargo.args(["build", "-q"]).args(profile).status()?;
     ensure!(built.success(), "{cargo:?}: {built}");
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name(folder);

@@ -1,9 +1,11 @@
 //! Certificates shaped like those of the three RDS authorities: root, subordinate, leaf.
 
-use anyhow::Result;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, PKCS_ECDSA_P384_SHA384, PKCS_RSA_SHA256, PKCS_RSA_SHA384, RsaKeySize,
+    KeyUsagePurpose, PKCS_ECDSA_P384_SHA384, PKCS_RSA_SHA256, PKCS_RSA_SHA384, SignatureAlgorithm,
 };
 use time::{Duration, OffsetDateTime};
 
@@ -20,11 +22,11 @@ pub enum KeyType {
 
 impl KeyType {
     fn generate(self) -> Result<KeyPair> {
-        Ok(match self {
-            Self::Rsa2048 => KeyPair::generate_rsa_for(&PKCS_RSA_SHA256, RsaKeySize::_2048)?,
-            Self::Rsa4096 => KeyPair::generate_rsa_for(&PKCS_RSA_SHA384, RsaKeySize::_4096)?,
-            Self::Ecc384 => KeyPair::generate_for(&PKCS_ECDSA_P384_SHA384)?,
-        })
+        match self {
+            Self::Rsa2048 => rsa(2048, &PKCS_RSA_SHA256),
+            Self::Rsa4096 => rsa(4096, &PKCS_RSA_SHA384),
+            Self::Ecc384 => Ok(KeyPair::generate_for(&PKCS_ECDSA_P384_SHA384)?),
+        }
     }
 
     fn name(self) -> &'static str {
@@ -34,6 +36,19 @@ impl KeyType {
             Self::Ecc384 => "ECC384",
         }
     }
+}
+
+/// ring makes no RSA keys, and a library that does takes longer to build than all the rest. The server's own
+/// packages need the command.
+fn rsa(bits: u32, algorithm: &'static SignatureAlgorithm) -> Result<KeyPair> {
+    let mut openssl = Command::new("openssl");
+    openssl.args(["genpkey", "-algorithm", "RSA", "-pkeyopt"]);
+    openssl.arg(format!("rsa_keygen_bits:{bits}"));
+    let output = openssl.output().with_context(|| format!("{openssl:?}"))?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{openssl:?}: {error}");
+    let pem = String::from_utf8(output.stdout)?;
+    Ok(KeyPair::from_pkcs8_pem_and_sign_algo(&pem, algorithm)?)
 }
 
 /// A root and the subordinate under it, which signs the servers' certificates.

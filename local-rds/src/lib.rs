@@ -9,13 +9,18 @@
 //! The server programs are the real ones, and so are its certificates. It listens on 127.0.0.1
 //! alone, and it is gone, data and all, when the [`LocalRds`] is dropped or its process ends.
 
-mod bin;
+mod builder;
 mod certificates;
+mod home;
+mod programs;
+mod relay;
 mod server;
 
-pub use bin::psql;
+pub use builder::Builder;
 pub use certificates::{Authority, KeyType, ServerCertificate};
-pub use server::{Builder, LocalRds};
+pub use programs::psql;
+pub use relay::Relay;
+pub use server::LocalRds;
 
 /// The name that the server's certificate is for; RDS names its endpoints like this.
 pub const ENDPOINT: &str = "database-1.xq7f5vzbpq1x.ca-central-1.rds.amazonaws.com";

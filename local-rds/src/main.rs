@@ -68,14 +68,23 @@ fn main() -> Result<ExitCode> {
 
     let mut command = Command::new(program);
     command.args(args).envs(rds.env()).envs(rds.libpq_env());
+    // What Cargo tells this program of its package would make a Cargo that it runs build ring anew.
+    let names = std::env::vars_os().map(|(name, _)| name);
+    let cargos = |name: &OsString| {
+        let name = name.to_string_lossy();
+        name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")
+    };
+    names.filter(cargos).for_each(|name| {
+        command.env_remove(name);
+    });
     let mut child = command
         .spawn()
         .with_context(|| format!("running {}", program.display()))?;
-    let pid = nix::unistd::Pid::from_raw(child.id().try_into()?);
+    let pid = child.id().to_string();
     // Ctrl-C reaches the command by itself, and what it does with it is for the command to say.
     std::thread::spawn(move || {
         for _ in signals.forever().filter(|signal| *signal == SIGTERM) {
-            let _ = nix::sys::signal::kill(pid, nix::sys::signal::SIGTERM);
+            let _ = Command::new("kill").args(["-s", "TERM", &pid]).status();
         }
     });
     let status = child.wait()?;

@@ -8,14 +8,15 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill, killpg};
-use nix::unistd::Pid;
 use tempfile::TempDir;
 
 /// The command, with a folder of its own to make its folder in.
 fn local_rds(args: &[&str]) -> (Command, TempDir) {
-    // In /tmp itself, where the user who runs the server may go too.
-    let tmp = TempDir::with_prefix_in("stand-in-", "/tmp").unwrap();
+    // In memory if there is some; in any case where the user who runs the server may go too.
+    let parent = ["/dev/shm", "/tmp"]
+        .into_iter()
+        .find(|path| Path::new(path).exists());
+    let tmp = TempDir::with_prefix_in("stand-in-", parent.unwrap()).unwrap();
     fs::set_permissions(
         tmp.path(),
         std::os::unix::fs::PermissionsExt::from_mode(0o777),
@@ -79,8 +80,21 @@ fn end(args: &[&str], line: Option<&str>, how: impl FnOnce(&Child)) -> (Child, P
     (child, tmp.path().to_owned())
 }
 
-fn pid(child: &Child) -> Pid {
-    Pid::from_raw(child.id().try_into().unwrap())
+/// Sends a signal to the command alone.
+fn kill(signal: &str, child: &Child) {
+    signal_to(signal, child.id().to_string());
+}
+
+/// Sends a signal to the command and all that it has started, as a terminal does.
+fn kill_group(signal: &str, child: &Child) {
+    signal_to(signal, format!("-{}", child.id()));
+}
+
+fn signal_to(signal: &str, whom: String) {
+    let kill = Command::new("kill")
+        .args(["-s", signal, "--", &whom])
+        .status();
+    assert!(kill.unwrap().success());
 }
 
 #[test]
@@ -160,7 +174,7 @@ fn a_folder_without_a_server_is_named() {
 #[test]
 fn without_a_command_it_serves_until_ctrl_c() {
     let (mut child, _) = end(&[], Some("PGSSLROOTCERT"), |child| {
-        killpg(pid(child), Signal::SIGINT).unwrap();
+        kill_group("INT", child);
     });
     assert_eq!(child.wait().unwrap().code(), Some(0));
 }
@@ -170,7 +184,7 @@ fn ctrl_c_is_for_the_command_to_answer() {
     let script =
         "trap : INT; echo ready; sleep 1; sleep 1; psql -c 'select 1' >/dev/null && exit 7";
     let (mut child, _) = end(&["sh", "-c", script], Some("ready"), |child| {
-        killpg(pid(child), Signal::SIGINT).unwrap();
+        kill_group("INT", child);
     });
     assert_eq!(child.wait().unwrap().code(), Some(7));
 }
@@ -181,7 +195,7 @@ fn is_gone_after_a_term_signal() {
         &["sh", "-c", "echo ready; exec sleep 600"],
         Some("ready"),
         |child| {
-            kill(pid(child), Signal::SIGTERM).unwrap();
+            kill("TERM", child);
         },
     );
     assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
@@ -189,12 +203,16 @@ fn is_gone_after_a_term_signal() {
 
 #[test]
 fn is_gone_after_a_kill_signal_and_ctrl_c_whenever_they_come() {
-    for millis in [50, 300, 900] {
-        for signal in [Signal::SIGKILL, Signal::SIGINT] {
-            end(&[], None, |child| {
-                sleep(Duration::from_millis(millis));
-                killpg(pid(child), signal).unwrap();
-            });
+    std::thread::scope(|scope| {
+        for millis in [50, 300, 900] {
+            for signal in ["KILL", "INT"] {
+                scope.spawn(move || {
+                    end(&[], None, |child| {
+                        sleep(Duration::from_millis(millis));
+                        kill_group(signal, child);
+                    });
+                });
+            }
         }
-    }
+    });
 }

@@ -1,15 +1,12 @@
 //! After many runs, some at once, nothing is left behind.
 
-mod support;
-
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use local_rds::LocalRds;
-use support::{demo, eventually, with};
+use crate::support::{admin, builder, demo, eventually, with};
 
 #[test]
 fn five_hundred_runs_leave_no_connection_and_no_error_behind() {
-    let builder = LocalRds::builder().setting("log_min_messages", "debug1");
+    let builder = builder().setting("log_min_messages", "debug1");
     let rds = builder.setting("log_disconnections", "on").start().unwrap();
     let vars = with(&rds, &[("RUST_LOG", "info")]);
     let left = AtomicUsize::new(500);
@@ -28,7 +25,7 @@ fn five_hundred_runs_leave_no_connection_and_no_error_behind() {
 
     let ours = "SELECT FROM pg_stat_activity WHERE usename = 'postgres'";
     eventually("no connection is left", || {
-        rds.admin().unwrap().query(ours, &[]).unwrap().is_empty()
+        admin(&rds).query(ours, &[]).unwrap().is_empty()
     });
     let ended = || rds.log().unwrap().matches("disconnection: ").count();
     eventually("each has ended", || ended() >= 500);

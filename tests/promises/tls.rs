@@ -1,9 +1,7 @@
 //! With `DB_CA_CERT` there is verified TLS or an error; without it, plaintext and a warning.
 
-mod support;
-
+use crate::support::{PLAIN, RDS, TLS_1_2, builder, demo, file, with};
 use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, PASSWORD};
-use support::{RDS, demo, file, with};
 
 #[test]
 fn connects_with_each_of_the_three_key_types() {
@@ -17,27 +15,27 @@ fn connects_with_each_of_the_three_key_types() {
     }
 }
 
+/// What a server that logs them says of the connections of this application.
+fn logged(application: &str) -> String {
+    let name = format!("application_name={application}");
+    let log = PLAIN.log().unwrap();
+    let lines = log.lines().filter(|line| line.contains(&name));
+    lines.collect::<Vec<_>>().join("\n")
+}
+
 #[test]
 fn the_server_saw_tls_and_channel_binding() {
-    let rds = LocalRds::builder()
-        .setting("log_connections", "on")
-        .start()
-        .unwrap();
-    demo(&with(&rds, &[("PG.CHANNEL_BINDING", "require")])).succeeded();
-    let log = rds.log().unwrap();
-    assert!(
-        log.contains("user=postgres database=postgres SSL enabled"),
-        "{log}"
-    );
+    let change = [
+        ("PG.CHANNEL_BINDING", "require"),
+        ("PG.APPLICATION_NAME", "bound"),
+    ];
+    demo(&with(&PLAIN, &change)).succeeded();
+    assert!(logged("bound").contains("SSL enabled"));
 }
 
 #[test]
 fn connects_with_tls_1_2_alone_as_on_rds_before_16() {
-    let rds = LocalRds::builder()
-        .setting("ssl_max_protocol_version", "TLSv1.2")
-        .start()
-        .unwrap();
-    demo(&with(&rds, &[("PG.CHANNEL_BINDING", "require")])).succeeded();
+    demo(&with(&TLS_1_2, &[("PG.CHANNEL_BINDING", "require")])).succeeded();
 }
 
 #[test]
@@ -66,34 +64,35 @@ fn logs_in_with_an_iam_token() {
 
 #[test]
 fn an_iam_token_is_refused_without_tls_even_where_tls_is_not_forced() {
-    let rds = LocalRds::builder().force_ssl(false).start().unwrap();
-    let token = rds.iam_token();
+    let token = PLAIN.iam_token();
     let iam = [
         ("PG.USER", IAM_USER),
         ("PG.PASSWORD", &token),
         ("DB_CA_CERT", ""),
     ];
-    demo(&with(&rds, &iam)).failed(&["pg_hba.conf rejects connection", "no encryption"]);
+    demo(&with(&PLAIN, &iam)).failed(&["pg_hba.conf rejects connection", "no encryption"]);
 }
 
 #[test]
 fn connects_without_tls_where_allowed_and_warns() {
-    let rds = LocalRds::builder()
-        .force_ssl(false)
-        .setting("log_connections", "on")
-        .start()
-        .unwrap();
     for mode in ["", "disable", "prefer"] {
-        let run = demo(&with(&rds, &[("DB_CA_CERT", ""), ("PG.SSLMODE", mode)]));
+        let plainly = [
+            ("DB_CA_CERT", ""),
+            ("PG.SSLMODE", mode),
+            ("PG.APPLICATION_NAME", "plain"),
+        ];
+        let run = demo(&with(&PLAIN, &plainly));
         run.succeeded();
         assert!(run.output.contains("WARN") && run.output.contains("no DB_CA_CERT, so no TLS"));
     }
-    assert!(!rds.log().unwrap().contains("SSL enabled"));
+    let log = logged("plain");
+    assert_eq!(log.matches("connection authorized").count(), 3, "{log}");
+    assert!(!log.contains("SSL enabled"), "{log}");
 }
 
 #[test]
 fn is_refused_without_tls_where_it_is_forced() {
-    let rds = LocalRds::builder().force_ssl(true).start().unwrap();
+    let rds = builder().force_ssl(true).start().unwrap();
     demo(&with(&rds, &[("DB_CA_CERT", "")])).failed(&[
         ENDPOINT,
         "FATAL: no pg_hba.conf entry for host \"127.0.0.1\", user \"postgres\", database \"postgres\"",
@@ -173,7 +172,6 @@ fn the_handshake_is_shown_at_debug_and_no_secret() {
 
 #[test]
 fn channel_binding_required_is_not_to_be_had_without_tls() {
-    let rds = LocalRds::builder().force_ssl(false).start().unwrap();
     let binding = [("DB_CA_CERT", ""), ("PG.CHANNEL_BINDING", "require")];
-    demo(&with(&rds, &binding)).failed(&[ENDPOINT, "server did not use channel binding"]);
+    demo(&with(&PLAIN, &binding)).failed(&[ENDPOINT, "server did not use channel binding"]);
 }

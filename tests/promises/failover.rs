@@ -1,10 +1,8 @@
 //! Two servers, a primary and its standby: the variables that find the one that writes find it
 //! again after a failover, without a change.
 
-mod support;
-
+use crate::support::{Var, admin, builder, changed, demo, eventually, file, with};
 use local_rds::{ENDPOINT, LocalRds};
-use support::{Var, changed, demo, eventually, file, with};
 
 fn hosts(of: &[&LocalRds], change: &[(&str, &str)]) -> Vec<Var> {
     let list = |entry: &dyn Fn(&LocalRds) -> String| {
@@ -42,10 +40,7 @@ fn ends_up(there: &LocalRds, vars: &[Var]) {
 
 #[test]
 fn the_same_variables_find_the_primary_before_a_failover_and_after() {
-    let primary = LocalRds::builder()
-        .setting("log_connections", "on")
-        .start()
-        .unwrap();
+    let primary = builder().setting("log_connections", "on").start().unwrap();
     let standby = primary.standby().unwrap();
 
     let read_write = ("PG.TARGET_SESSION_ATTRS", "read-write");
@@ -73,11 +68,7 @@ fn the_same_variables_find_the_primary_before_a_failover_and_after() {
     });
 
     let variables = both.map(|of| hosts(&of, &[read_write]));
-    standby
-        .admin()
-        .unwrap()
-        .query("SELECT pg_promote()", &[])
-        .unwrap();
+    admin(&standby).query("SELECT pg_promote()", &[]).unwrap();
     // The root certificate is the authority's, and outlives the server.
     let roots = file(std::fs::read(primary.roots()).unwrap());
     drop(primary);

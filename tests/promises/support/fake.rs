@@ -1,21 +1,26 @@
 //! Servers that do what no honest one does, and the record of what they got to hear.
 
-#![allow(dead_code)] // As of support: each file of tests uses its part.
-
-#[path = "listener.rs"]
-mod listener;
-
 use std::future::Future;
-use std::sync::{Arc, Mutex};
+use std::net::Ipv4Addr;
+use std::sync::{Arc, LazyLock, Mutex};
+use std::thread;
 
-use listener::{RUNTIME, listen};
 use local_rds::ServerCertificate;
 use rustls::ServerConfig;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::runtime::{Builder, Handle};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::io::InspectReader;
+
+/// Where the fake servers live: a thread of its own, until the process ends.
+static RUNTIME: LazyLock<Handle> = LazyLock::new(|| {
+    let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+    let handle = runtime.handle().clone();
+    thread::spawn(move || runtime.block_on(std::future::pending::<()>()));
+    handle
+});
 
 /// All that a client which requires TLS says in plaintext.
 pub const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
@@ -41,11 +46,18 @@ impl Fake {
     {
         let heard = Arc::new(Mutex::new(Vec::new()));
         let all = Arc::clone(&heard);
-        let port = listen(move |nth, stream| {
-            let record = Arc::clone(&all);
-            record.lock().unwrap().push(Vec::new());
-            let inspect = move |bytes: &[u8]| record.lock().unwrap()[nth].extend(bytes);
-            script(Wire::new(stream, Box::new(inspect)))
+        let listener = RUNTIME
+            .block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
+            .unwrap();
+        let port = listener.local_addr().unwrap().port();
+        RUNTIME.spawn(async move {
+            for nth in 0.. {
+                let (stream, _) = listener.accept().await.unwrap();
+                let record = Arc::clone(&all);
+                record.lock().unwrap().push(Vec::new());
+                let inspect = move |bytes: &[u8]| record.lock().unwrap()[nth].extend(bytes);
+                tokio::spawn(script(Wire::new(stream, Box::new(inspect))));
+            }
         });
         Self { port, heard }
     }

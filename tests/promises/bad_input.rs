@@ -7,18 +7,14 @@
 //! | any              | empty, not UTF-8                           |                                       |
 //! | host             | a socket's folder or no name, where TLS is | a socket's folder, where it is not    |
 
-#[path = "support/fake.rs"]
-mod fake;
-mod support;
-
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 
-use fake::{Fake, SSL_REQUEST, silence, startup};
-use local_rds::{Authority, ENDPOINT, KeyType, LocalRds, ServerCertificate};
-use support::{PROGRAM, RDS, Run, at, demo, file, with};
+use crate::support::fake::{Fake, SSL_REQUEST, silence, startup};
+use crate::support::{PLAIN, PROGRAM, RDS, Run, at, demo, file, with};
+use local_rds::{Authority, ENDPOINT, KeyType, ServerCertificate};
 use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
 
@@ -124,7 +120,12 @@ fn a_file_that_may_not_be_read_is_named() {
     // In a folder where another user can go too, as root may read everything.
     let folder = TempDir::with_prefix_in("demo-", "/tmp").unwrap();
     let (program, file) = (folder.path().join("demo"), folder.path().join("bundle.pem"));
-    fs::copy(PROGRAM, &program).unwrap();
+    // Not by `fs::copy`: a process that another test starts meanwhile would hold it open for writing.
+    let cp = std::process::Command::new("cp")
+        .arg(PROGRAM)
+        .arg(&program)
+        .status();
+    assert!(cp.unwrap().success());
     fs::write(&file, root()).unwrap();
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
     fs::set_permissions(&file, fs::Permissions::from_mode(0o0)).unwrap();
@@ -234,20 +235,6 @@ fn a_limit_of_any_length_is_none_to_overflow() {
 }
 
 #[test]
-fn no_limit_at_all_is_not_to_be_had() {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    std::thread::scope(|scope| {
-        for value in ["0", "-1"] {
-            scope.spawn(move || {
-                at(port, &RDS, &[("PG.CONNECT_TIMEOUT", value)])
-                    .failed(&[ENDPOINT, "no answer within 10s (PG.CONNECT_TIMEOUT)"])
-            });
-        }
-    });
-}
-
-#[test]
 fn an_empty_value_is_refused() {
     for name in [
         "PG.HOST",
@@ -308,8 +295,7 @@ fn an_address_without_a_name_is_refused_where_tls_is_required() {
     });
     at(hello.port, &RDS, &[("PG.HOST", "")]).failed(&["PG.HOST", "no hostname provided"]);
     assert_eq!(hello.heard(), [SSL_REQUEST]);
-    let rds = LocalRds::builder().force_ssl(false).start().unwrap();
-    demo(&with(&rds, &[("PG.HOST", ""), ("DB_CA_CERT", "")])).succeeded();
+    demo(&with(&PLAIN, &[("PG.HOST", ""), ("DB_CA_CERT", "")])).succeeded();
 }
 
 #[test]

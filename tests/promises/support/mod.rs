@@ -1,14 +1,15 @@
 //! The program as a process, and what holds for every run of it.
-#![allow(dead_code)] // Each file of tests uses its part.
+
+pub mod fake;
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::process::Command;
-use std::sync::LazyLock;
+use std::sync::{LazyLock, Mutex};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use local_rds::LocalRds;
+use local_rds::{Authority, Builder, ENDPOINT, KeyType, LocalRds, ServerCertificate};
 use postgres::Client;
 use tempfile::{NamedTempFile, TempPath};
 
@@ -37,8 +38,33 @@ pub const KEYWORDS: [(&str, &str); 19] = [
     ("load_balance_hosts", "random"),
 ];
 
-/// An instance with the defaults, for all tests of a file that change nothing about it.
+/// An instance with the defaults, for all tests that change nothing about it.
 pub static RDS: LazyLock<LocalRds> = LazyLock::new(|| LocalRds::builder().start().unwrap());
+
+/// One where TLS is not forced, and which logs who connects.
+pub static PLAIN: LazyLock<LocalRds> = LazyLock::new(|| {
+    let builder = builder().force_ssl(false);
+    builder.setting("log_connections", "on").start().unwrap()
+});
+
+/// One that speaks TLS 1.2 at most, as RDS does before PostgreSQL 16.
+pub static TLS_1_2: LazyLock<LocalRds> = LazyLock::new(|| {
+    let builder = builder().setting("ssl_max_protocol_version", "TLSv1.2");
+    builder.start().unwrap()
+});
+
+/// One for queries that wait for a lock, as all others of it do meanwhile.
+pub static LOCKED: LazyLock<Mutex<LocalRds>> = LazyLock::new(|| builder().start().unwrap().into());
+
+/// An instance to be changed; its certificate is the one of all others, as RSA keys take long to make.
+pub fn builder() -> Builder {
+    static CERTIFICATE: LazyLock<(ServerCertificate, String)> = LazyLock::new(|| {
+        let authority = Authority::new(KeyType::Rsa2048).unwrap();
+        let certificate = authority.issue(ENDPOINT, |_| {}).unwrap();
+        (certificate, authority.root().to_owned())
+    });
+    LocalRds::builder().certificate(&CERTIFICATE.0, &CERTIFICATE.1)
+}
 
 /// A variable and its value; a later one with the same name replaces an earlier one.
 pub type Var = (OsString, OsString);
@@ -127,6 +153,14 @@ pub fn at(port: u16, rds: &LocalRds, change: &[(&str, &str)]) -> Run {
     ))
 }
 
+/// A session of the superuser, over the Unix socket.
+pub fn admin(rds: &LocalRds) -> Client {
+    let mut config = postgres::Config::new();
+    config.host_path(rds.socket()).port(rds.port());
+    config.user("rdsadmin").dbname("postgres");
+    config.connect(postgres::NoTls).unwrap()
+}
+
 /// Waits until it is so, and no longer than a minute.
 #[track_caller]
 pub fn eventually(what: &str, is_so: impl Fn() -> bool) {
@@ -148,20 +182,20 @@ pub fn kill(signal: &str, pid: &str) {
 
 /// A server that has all the sessions it takes, for as long as these are open.
 pub fn full() -> (LocalRds, [Client; 2]) {
-    let rds = LocalRds::builder()
+    let rds = builder()
         .setting("max_connections", "4")
         .setting("superuser_reserved_connections", "2")
         .setting("max_wal_senders", "0")
         .start()
         .unwrap();
-    let sessions = [rds.admin().unwrap(), rds.admin().unwrap()];
+    let sessions = [admin(&rds), admin(&rds)];
     (rds, sessions)
 }
 
 /// A server that ends once this session has, and lets no other in.
 pub fn shutting_down() -> (LocalRds, Client) {
-    let rds = LocalRds::builder().start().unwrap();
-    let session = rds.admin().unwrap();
+    let rds = builder().start().unwrap();
+    let session = admin(&rds);
     let pid = std::fs::read_to_string(rds.socket().join("postmaster.pid")).unwrap();
     kill("TERM", pid.lines().next().unwrap());
     eventually("it is shutting down", || {
@@ -178,7 +212,7 @@ pub fn while_the_query_runs(
     done: impl FnOnce(&mut Client, i32),
 ) -> Run {
     let view = "information_schema.information_schema_catalog_name";
-    let mut lock = rds.admin().unwrap();
+    let mut lock = admin(rds);
     lock.batch_execute(&format!(
         "BEGIN; LOCK TABLE {view} IN ACCESS EXCLUSIVE MODE"
     ))
@@ -191,7 +225,7 @@ pub fn while_the_query_runs(
         ],
     );
     let run = std::thread::spawn(move || demo(&vars));
-    let mut admin = rds.admin().unwrap();
+    let mut admin = admin(rds);
     let waiting = "SELECT pid FROM pg_stat_activity
         WHERE application_name = 'waits' AND wait_event_type = 'Lock'";
     let pid = loop {

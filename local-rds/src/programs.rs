@@ -1,27 +1,27 @@
-//! Where the PostgreSQL server programs are on this machine.
+//! Where PostgreSQL's programs are on this machine.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-/// The folder with `initdb` and `postgres`: that of `LOCAL_RDS_BIN`, or else the first found.
-pub fn folder() -> Result<PathBuf> {
+/// The folder of `initdb` and `postgres`: that of `LOCAL_RDS_BIN`, or else the first found.
+pub fn server() -> Result<PathBuf> {
+    let has_server = |folder: &Path| ["initdb", "postgres"].map(|name| folder.join(name).is_file());
     if let Some(folder) = std::env::var_os("LOCAL_RDS_BIN").map(PathBuf::from) {
+        let both = has_server(&folder) == [true, true];
         ensure!(
-            has_server(&folder),
+            both,
             "no initdb and postgres in LOCAL_RDS_BIN {}",
             folder.display()
         );
         return Ok(folder);
     }
-    folders()
-        .into_iter()
-        .find(|folder| has_server(folder))
-        .context(
-            "no PostgreSQL server on this machine: install it (Debian: apt-get install postgresql; \
-         macOS: brew install postgresql@18), or set LOCAL_RDS_BIN to the folder of its programs",
-        )
+    let mut folders = folders().into_iter();
+    folders.find(|folder| has_server(folder) == [true, true]).context(
+        "no PostgreSQL server on this machine: run local-rds/install-postgresql, or set LOCAL_RDS_BIN to the \
+         folder of initdb and postgres",
+    )
 }
 
 /// psql itself, which on Debian is not the `psql` of `PATH`: that is a script which looks for it.
@@ -30,6 +30,22 @@ pub fn psql() -> Result<PathBuf> {
     programs
         .find(|psql| psql.is_file())
         .context("no psql on this machine")
+}
+
+/// The major version of the server in this folder.
+pub fn version(folder: &Path) -> Result<u32> {
+    let postgres = folder.join("postgres");
+    let out = Command::new(&postgres).arg("--version").output();
+    let out = out.with_context(|| format!("running {}", postgres.display()))?;
+    let text = String::from_utf8_lossy(&out.stdout);
+    // "postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)"
+    let number = text
+        .split(' ')
+        .nth(2)
+        .and_then(|number| number.split(['.', '\n']).next());
+    number
+        .and_then(|major| major.parse().ok())
+        .with_context(|| format!("no version in {text:?}"))
 }
 
 /// Where PostgreSQL's programs may be: the folder to use first, then the others.
@@ -46,20 +62,14 @@ fn folders() -> Vec<PathBuf> {
     folders
 }
 
-fn has_server(folder: &Path) -> bool {
-    folder.join("initdb").is_file() && folder.join("postgres").is_file()
-}
-
 /// `parent/<prefix><version>/bin`, from the highest version down.
 fn versions(parent: &str, prefix: &str) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
     let mut found: Vec<(u32, PathBuf)> = entries
         .filter_map(|entry| {
             let name = entry.file_name().into_string().ok()?;
-            Some((
-                name.strip_prefix(prefix)?.parse().ok()?,
-                entry.path().join("bin"),
-            ))
+            let version = name.strip_prefix(prefix)?.parse().ok()?;
+            Some((version, entry.path().join("bin")))
         })
         .collect();
     found.sort_by_key(|(version, _)| std::cmp::Reverse(*version));

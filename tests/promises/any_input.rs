@@ -5,24 +5,20 @@
 //! - Any file of `DB_CA_CERT` is either refused or leads to no trust in a server that is not in it.
 //! - The password is in no output: here it always begins with [`SECRET`].
 
-#[path = "support/fake.rs"]
-mod fake;
-mod support;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{LazyLock, Mutex};
 use std::time::Duration;
 
+use crate::support::fake::{CLEARTEXT_PASSWORD, Fake, message, startup};
+use crate::support::{RDS, Run, demo, file, vars, with};
 use base64::Engine;
 use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
-use fake::{CLEARTEXT_PASSWORD, Fake, message, startup};
 use local_rds::{Authority, ENDPOINT, KeyType};
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
-use support::{RDS, Run, demo, file, vars, with};
 use tokio::io::AsyncWriteExt;
 use tokio_postgres::Config;
 use tokio_postgres::config::{

@@ -10,22 +10,18 @@
 //!
 //! With several hosts, one that fails is left for the next; one that falls silent is the end.
 
-#[path = "support/fake.rs"]
-mod fake;
-mod support;
-
 use std::io::Error;
 use std::thread::scope;
 
-use fake::{
+use crate::support::fake::{
     CLEARTEXT_PASSWORD, Fake, WELCOME, Wire, acceptor, black_hole, message, only_says, silence,
     startup, tls,
 };
-use local_rds::{Authority, ENDPOINT, KeyType, LocalRds};
-use support::{
-    RDS, Run, at, demo, eventually, file, full, kill, shutting_down, terminate,
-    while_the_query_runs, with,
+use crate::support::{
+    LOCKED, PLAIN, RDS, Run, admin, at, builder, demo, eventually, file, full, kill, shutting_down,
+    terminate, while_the_query_runs, with,
 };
+use local_rds::{Authority, ENDPOINT, KeyType};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
 /// The points at which the client waits for a server.
@@ -157,7 +153,7 @@ fn every_fault_at_every_point_is_an_error_within_the_time_allowed() {
         ]);
         if fault == Silence {
             // As long for TCP to the one host, and once more for the rest.
-            let limit = if limit.is_empty() { "10" } else { "4" };
+            let limit = if limit == "2" { "4" } else { "10" };
             run.failed(&[&format!("no answer within {limit}s (PG.CONNECT_TIMEOUT)")]);
         }
         if point == Query && fault != Silence {
@@ -174,7 +170,9 @@ fn every_fault_at_every_point_is_an_error_within_the_time_allowed() {
                     scope.spawn(move || case(with_tls, *point, fault, "2"));
                 }
                 // Without a limit of one's own there is one all the same.
-                scope.spawn(move || case(with_tls, *point, Silence, ""));
+                for none in ["", "0", "-1"] {
+                    scope.spawn(move || case(with_tls, *point, Silence, none));
+                }
             }
         }
     });
@@ -182,7 +180,7 @@ fn every_fault_at_every_point_is_an_error_within_the_time_allowed() {
 
 /// Without TLS, to a fake server.
 fn plainly(fake: &Fake) -> Run {
-    let change = [("DB_CA_CERT", ""), ("PG.CONNECT_TIMEOUT", "2")];
+    let change = [("DB_CA_CERT", ""), ("PG.CONNECT_TIMEOUT", "1")];
     at(fake.port, &RDS, &change)
 }
 
@@ -195,7 +193,7 @@ fn a_server_that_never_stops_talking_does_not_outlast_the_time_allowed() {
             wire.write_all(b"S\0\0\0\x08a\0b\0").await?;
         }
     });
-    plainly(&fake).failed(&["no answer within 4s"]);
+    plainly(&fake).failed(&["no answer within 2s"]);
 }
 
 #[test]
@@ -261,7 +259,7 @@ fn a_port_where_nobody_listens_refuses() {
 #[test]
 fn a_packet_that_is_dropped_is_not_waited_for_for_minutes() {
     let (port, ..) = &black_hole();
-    at(*port, &RDS, &[("PG.CONNECT_TIMEOUT", "2")]).failed(&[
+    at(*port, &RDS, &[("PG.CONNECT_TIMEOUT", "1")]).failed(&[
         ENDPOINT,
         "error connecting to server",
         "connection timed out",
@@ -310,8 +308,8 @@ fn of_several_hosts_one_that_falls_silent_ends_it_within_the_time_of_all() {
     scope(|scope| {
         for port in [after_accept.port, says_yes_and_no_more.port] {
             scope.spawn(move || {
-                let run = then_the_good_one(ENDPOINT, port, "2");
-                run.failed(&[ENDPOINT, "no answer within 6s (PG.CONNECT_TIMEOUT)"]);
+                let run = then_the_good_one(ENDPOINT, port, "1");
+                run.failed(&[ENDPOINT, "no answer within 3s (PG.CONNECT_TIMEOUT)"]);
             });
         }
     });
@@ -319,12 +317,11 @@ fn of_several_hosts_one_that_falls_silent_ends_it_within_the_time_of_all() {
 
 #[test]
 fn a_host_whose_name_is_gone_is_passed_over() {
-    let live = LocalRds::builder().force_ssl(false).start().unwrap();
     let hosts = ("PG.HOST", "gone.invalid,127.0.0.1");
     let change = [hosts, ("PG.HOSTADDR", ""), ("DB_CA_CERT", "")];
-    demo(&with(&live, &change)).succeeded();
+    demo(&with(&PLAIN, &change)).succeeded();
     let gone = [("PG.HOST", "gone.invalid"), ("PG.HOSTADDR", "")];
-    demo(&with(&live, &gone)).failed(&[
+    demo(&with(&PLAIN, &gone)).failed(&[
         "connecting to gone.invalid:",
         "failed to lookup address information",
     ]);
@@ -338,8 +335,8 @@ fn a_server_that_shuts_down_says_so() {
 
 #[test]
 fn a_server_that_starts_up_says_so() {
-    let rds = LocalRds::builder().start().unwrap();
-    let mut admin = rds.admin().unwrap();
+    let rds = builder().start().unwrap();
+    let mut admin = admin(&rds);
     admin
         .batch_execute("ALTER SYSTEM SET restore_command = 'sleep 600'")
         .unwrap();
@@ -367,7 +364,8 @@ fn a_server_without_a_free_connection_says_so() {
 
 #[test]
 fn a_session_that_is_ended_while_its_query_runs_says_why() {
-    while_the_query_runs(&RDS, "60", terminate).failed(&[
+    let rds = LOCKED.lock().unwrap();
+    while_the_query_runs(&rds, "60", terminate).failed(&[
         ENDPOINT,
         "SELECT * FROM",
         "FATAL: terminating connection due to administrator command",
@@ -376,7 +374,7 @@ fn a_session_that_is_ended_while_its_query_runs_says_why() {
 
 #[test]
 fn a_process_that_is_killed_while_its_query_runs_is_an_end_without_a_word() {
-    let rds = LocalRds::builder().start().unwrap();
+    let rds = builder().start().unwrap();
     let run = while_the_query_runs(&rds, "60", |_, pid| kill("KILL", &pid.to_string()));
     run.failed(&[
         ENDPOINT,
@@ -387,6 +385,6 @@ fn a_process_that_is_killed_while_its_query_runs_is_an_end_without_a_word() {
 
 #[test]
 fn a_query_that_waits_for_a_lock_has_the_time_allowed_and_no_more() {
-    let rds = LocalRds::builder().start().unwrap();
+    let rds = LOCKED.lock().unwrap();
     while_the_query_runs(&rds, "3", |_, _| {}).failed(&[ENDPOINT, "no answer within 6s"]);
 }

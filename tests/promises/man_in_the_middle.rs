@@ -8,16 +8,14 @@
 //! | offers TLS 1.1 at most                         | an alert                               |
 //! | has a certificate that is right                | what channel binding does not rule out |
 
-#[path = "support/fake.rs"]
-mod fake;
-mod support;
-
 use std::io::Error;
 
-use fake::{CLEARTEXT_PASSWORD, Fake, SSL_REQUEST, Wire, acceptor, message, silence, startup, tls};
+use crate::support::fake::{
+    CLEARTEXT_PASSWORD, Fake, SSL_REQUEST, Wire, acceptor, message, silence, startup, tls,
+};
+use crate::support::{RDS, at, builder, demo, with};
 use local_rds::{Authority, ENDPOINT, KeyType, LocalRds};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa};
-use support::{RDS, at, demo, with};
 use time::{Duration, OffsetDateTime};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::TcpStream;
@@ -85,7 +83,7 @@ fn plaintext_after_yes_to_tls_is_not_taken_for_an_answer() {
         b"SN",
     ] {
         let trap = trap(after);
-        at(trap.port, &RDS, &[("PG.CONNECT_TIMEOUT", "2")]).failed(&[ENDPOINT]);
+        at(trap.port, &RDS, &[("PG.CONNECT_TIMEOUT", "1")]).failed(&[ENDPOINT]);
         let heard = &trap.heard()[0];
         assert_eq!(heard[..8], SSL_REQUEST);
         only_tls(&heard[8..]);
@@ -190,7 +188,7 @@ fn days(days: i64) -> OffsetDateTime {
 
 #[test]
 fn tls_1_1_is_refused() {
-    let rds = LocalRds::builder()
+    let rds = builder()
         .setting("ssl_min_protocol_version", "TLSv1.1")
         .setting("ssl_max_protocol_version", "TLSv1.1")
         .setting("ssl_ciphers", "ALL:@SECLEVEL=0")

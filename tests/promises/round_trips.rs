@@ -1,20 +1,18 @@
 //! Counts that cannot flake: how often the program waits for the server, and for how many roots.
 
-#[path = "support/relay.rs"]
-mod relay;
-mod support;
-
 use std::time::Duration;
 
-use local_rds::LocalRds;
-use relay::Relay;
-use support::{RDS, at, demo, with};
+use crate::support::{PLAIN, RDS, TLS_1_2, at, builder, demo, with};
+use local_rds::{LocalRds, Relay};
 
-/// The round trips of a run: TCP, SSLRequest, TLS, start-up, SCRAM's two, and the query.
+/// TCP, SSLRequest, TLS, start-up, SCRAM's two, and the query.
+pub const STOCK_ROUND_TRIPS: usize = 7;
+
+/// The round trips of a run.
 #[track_caller]
 fn round_trips(rds: &LocalRds, change: &[(&str, &str)]) -> usize {
-    let relay = Relay::new(rds.port(), Duration::from_millis(50));
-    at(relay.port, rds, change).succeeded();
+    let relay = Relay::new(rds.port(), Duration::from_millis(50)).unwrap();
+    at(relay.port(), rds, change).succeeded();
     let [round_trips] = relay.round_trips()[..] else {
         panic!("more than one connection")
     };
@@ -23,7 +21,7 @@ fn round_trips(rds: &LocalRds, change: &[(&str, &str)]) -> usize {
 
 #[test]
 fn a_stock_server_is_asked_and_waited_for_seven_times() {
-    assert_eq!(round_trips(&RDS, &[]), 7);
+    assert_eq!(round_trips(&RDS, &[]), STOCK_ROUND_TRIPS);
 }
 
 #[test]
@@ -36,25 +34,18 @@ fn direct_tls_saves_one() {
 
 #[test]
 fn without_tls_it_is_two_fewer() {
-    let rds = LocalRds::builder().force_ssl(false).start().unwrap();
-    assert_eq!(round_trips(&rds, &[("DB_CA_CERT", "")]), 5);
+    assert_eq!(round_trips(&PLAIN, &[("DB_CA_CERT", "")]), 5);
 }
 
 #[test]
 fn tls_1_2_takes_one_more() {
-    let rds = LocalRds::builder()
-        .setting("ssl_max_protocol_version", "TLSv1.2")
-        .start()
-        .unwrap();
-    assert_eq!(round_trips(&rds, &[]), 8);
+    assert_eq!(round_trips(&TLS_1_2, &[]), 8);
 }
 
 #[test]
 fn a_server_with_another_curve_alone_takes_one_more_and_works() {
-    let rds = LocalRds::builder()
-        .setting("ssl_ecdh_curve", "secp384r1")
-        .start()
-        .unwrap();
+    let builder = builder().setting("ssl_ecdh_curve", "secp384r1");
+    let rds = builder.start().unwrap();
     assert_eq!(round_trips(&rds, &[]), 8);
 }
 

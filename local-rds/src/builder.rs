@@ -1,0 +1,100 @@
+//! What an instance is asked to be like.
+
+use std::net::Ipv4Addr;
+
+use anyhow::Result;
+
+use crate::home::{Files, Home};
+use crate::server::LocalRds;
+use crate::{Authority, ENDPOINT, IAM_USER, KeyType, PASSWORD, ServerCertificate, USER, programs};
+
+/// What the stand-in is to be like; by default, like a new RDS instance.
+pub struct Builder {
+    certificate: Option<(ServerCertificate, String)>,
+    force_ssl: Option<bool>,
+    key_type: KeyType,
+    password: String,
+    settings: Vec<(String, String)>,
+}
+
+impl Builder {
+    pub(crate) fn new() -> Self {
+        Self {
+            certificate: None,
+            force_ssl: None,
+            key_type: KeyType::Rsa2048,
+            password: PASSWORD.to_owned(),
+            settings: Vec::new(),
+        }
+    }
+
+    /// The certificate authority; by default [`KeyType::Rsa2048`].
+    pub fn key_type(mut self, key_type: KeyType) -> Self {
+        self.key_type = key_type;
+        self
+    }
+
+    /// `rds.force_ssl`; by default on from PostgreSQL 15 on, as on RDS.
+    pub fn force_ssl(mut self, on: bool) -> Self {
+        self.force_ssl = Some(on);
+        self
+    }
+
+    /// The password of [`USER`]; by default [`PASSWORD`].
+    pub fn password(mut self, password: &str) -> Self {
+        self.password = password.to_owned();
+        self
+    }
+
+    /// A server certificate, and the root certificates that clients are told to trust, as PEM.
+    pub fn certificate(mut self, certificate: &ServerCertificate, roots: &str) -> Self {
+        self.certificate = Some((certificate.clone(), roots.to_owned()));
+        self
+    }
+
+    /// A parameter of the server, as in `postgresql.conf`.
+    pub fn setting(mut self, name: &str, value: &str) -> Self {
+        self.settings.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Makes the instance, and waits until it answers.
+    pub fn start(self) -> Result<LocalRds> {
+        let bin = programs::server()?;
+        let (certificate, roots) = match self.certificate {
+            Some(given) => given,
+            None => {
+                let authority = Authority::new(self.key_type)?;
+                (
+                    authority.issue(ENDPOINT, |_| {})?,
+                    authority.root().to_owned(),
+                )
+            }
+        };
+        let mut settings = vec![
+            (
+                "listen_addresses".to_owned(),
+                Ipv4Addr::LOCALHOST.to_string(),
+            ),
+            ("password_encryption".to_owned(), "scram-sha-256".to_owned()),
+            ("fsync".to_owned(), "off".to_owned()),
+        ];
+        settings.extend(self.settings);
+        let files = Files {
+            certificate,
+            force_ssl: self.force_ssl.unwrap_or(programs::version(&bin)? >= 15),
+            roots,
+            settings,
+        };
+        let rds = LocalRds::start(Home::new(bin, files)?, self.password)?;
+        let quote = |text: &str| format!("'{}'", text.replace('\'', "''"));
+        rds.sql(&format!(
+            "CREATE ROLE {USER} LOGIN CREATEDB CREATEROLE PASSWORD {};
+             CREATE ROLE rds_iam;
+             CREATE ROLE {IAM_USER} LOGIN IN ROLE rds_iam PASSWORD {};",
+            quote(rds.password()),
+            quote(&rds.iam_token()),
+        ))?;
+        Ok(rds)
+    }
+}

@@ -1,0 +1,156 @@
+//! The folder in which one server lives: what it is configured with, and its data.
+
+use std::io::ErrorKind::AlreadyExists;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs, process};
+
+use anyhow::{Context, Result};
+
+use crate::ServerCertificate;
+
+/// The superuser, whom only the socket in the server's own folder lets in.
+pub const ADMIN: &str = "rdsadmin";
+
+/// What the server is configured with.
+#[derive(Clone)]
+pub struct Files {
+    pub certificate: ServerCertificate,
+    pub force_ssl: bool,
+    pub roots: String,
+    pub settings: Vec<(String, String)>,
+}
+
+/// The folder of one server; removed with this, if the server has not done so.
+pub struct Home {
+    pub bin: PathBuf,
+    pub files: Files,
+    pub folder: PathBuf,
+    /// The user and group who run the server if we are root, as whom PostgreSQL does not run.
+    pub user: Option<(u32, u32)>,
+}
+
+impl Home {
+    pub fn new(bin: PathBuf, files: Files) -> Result<Self> {
+        let user = match id(&["-u"]) {
+            Some(0) => Some(
+                server_user().context("PostgreSQL does not run as root: make a user postgres")?,
+            ),
+            _ => None,
+        };
+        let folder = new_folder(&parent())?;
+        let home = Self {
+            bin,
+            files,
+            folder,
+            user,
+        };
+        home.own("", 0o755)?;
+        home.configure()?;
+        Ok(home)
+    }
+
+    fn configure(&self) -> Result<()> {
+        let Files {
+            certificate,
+            force_ssl,
+            roots,
+            settings,
+        } = &self.files;
+        self.write("root.pem", 0o644, roots)?;
+        let chain = certificate.leaf.clone() + &certificate.subordinate;
+        self.write("server.crt", 0o644, &chain)?;
+        self.write("server.key", 0o600, &certificate.key)?;
+
+        // The rows of IAM users first, as the first that matches counts.
+        let host = if *force_ssl { "hostssl" } else { "host" };
+        let hba = format!(
+            "local all,replication {ADMIN} trust\n\
+             hostssl all +rds_iam 127.0.0.1/32 password\n\
+             hostnossl all +rds_iam 127.0.0.1/32 reject\n\
+             {host} all all 127.0.0.1/32 scram-sha-256\n"
+        );
+        self.write("pg_hba.conf", 0o600, &hba)?;
+
+        let mut conf = String::from("ssl = on\n");
+        for (name, file) in [
+            ("hba_file", "pg_hba.conf"),
+            ("ssl_cert_file", "server.crt"),
+            ("ssl_key_file", "server.key"),
+        ] {
+            conf += &format!("{name} = '{}'\n", self.path(file).display());
+        }
+        for (name, value) in settings {
+            conf += &format!("{name} = '{}'\n", value.replace('\'', "''"));
+        }
+        self.write("postgresql.conf", 0o600, &conf)
+    }
+
+    pub fn path(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    pub fn write(&self, name: &str, mode: u32, content: &str) -> Result<()> {
+        fs::write(self.path(name), content)?;
+        self.own(name, mode)
+    }
+
+    fn own(&self, name: &str, mode: u32) -> Result<()> {
+        let path = self.path(name);
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
+        if let Some((uid, gid)) = self.user {
+            chown(&path, Some(uid), Some(gid))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// `TMPDIR`, or else memory if there is plenty, as a server makes a thousand files and deletes them soon.
+fn parent() -> PathBuf {
+    let shm = "/dev/shm";
+    let df = Command::new("df").args(["-Pk", shm]).output();
+    let df = df.map_or_else(
+        |_| String::new(),
+        |df| String::from_utf8_lossy(&df.stdout).into_owned(),
+    );
+    // "tmpfs 24684084 0 24684084 0% /dev/shm", below a line of headings
+    let free = df
+        .lines()
+        .nth(1)
+        .and_then(|line| line.split_whitespace().nth(3)?.parse().ok());
+    match env::var_os("TMPDIR") {
+        None if free.unwrap_or(0) > 1024 * 1024 => shm.into(),
+        _ => env::temp_dir(),
+    }
+}
+
+/// The first that is free of this process's own names.
+fn new_folder(parent: &Path) -> Result<PathBuf> {
+    for nth in 0.. {
+        let folder = parent.join(format!("local-rds-{}-{nth}", process::id()));
+        match fs::create_dir(&folder) {
+            Err(error) if error.kind() == AlreadyExists => continue,
+            made => made.with_context(|| format!("making {}", folder.display()))?,
+        }
+        return Ok(folder);
+    }
+    unreachable!()
+}
+
+fn server_user() -> Option<(u32, u32)> {
+    let of = |name| Some((id(&["-u", name])?, id(&["-g", name])?));
+    of("postgres").or_else(|| of("nobody"))
+}
+
+/// What the command `id` says.
+fn id(args: &[&str]) -> Option<u32> {
+    let output = Command::new("id").args(args).output().ok()?;
+    String::from_utf8(output.stdout).ok()?.trim().parse().ok()
+}

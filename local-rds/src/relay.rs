@@ -1,0 +1,113 @@
+//! The way to a server, made longer.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::thread::{sleep, spawn};
+use std::time::{Duration, Instant};
+
+/// A relay to a server that is as far away as it is told, and counts the round trips.
+pub struct Relay {
+    port: u16,
+    connections: Arc<Mutex<Vec<Arc<Mutex<Trips>>>>>,
+}
+
+/// The round trips of one connection.
+#[derive(Default)]
+struct Trips {
+    /// How often the client has spoken, and waited for the answer.
+    answered: usize,
+    /// It has spoken, and the answer is on its way.
+    waits: bool,
+}
+
+impl Relay {
+    /// To this port on 127.0.0.1, with so long a way to it and back. Of no length at all it
+    /// could not tell an answer from the next question, which it has to for counting.
+    pub fn new(to: u16, round_trip: Duration) -> std::io::Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let port = listener.local_addr()?.port();
+        let connections = Arc::new(Mutex::new(Vec::new()));
+        let all = Arc::clone(&connections);
+        spawn(move || {
+            for client in listener.incoming() {
+                let trips = Arc::default();
+                all.lock().unwrap().push(Arc::clone(&trips));
+                spawn(move || connect(client?, to, round_trip, trips));
+            }
+        });
+        Ok(Self { port, connections })
+    }
+
+    /// Where it listens, on 127.0.0.1.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The round trips of each connection so far, with the one of TCP.
+    pub fn round_trips(&self) -> Vec<usize> {
+        let connections = self.connections.lock().unwrap();
+        let answered = |trips: &Arc<Mutex<Trips>>| trips.lock().unwrap().answered;
+        connections
+            .iter()
+            .map(|trips| 1 + answered(trips))
+            .collect()
+    }
+}
+
+fn connect(
+    client: TcpStream,
+    to: u16,
+    round_trip: Duration,
+    trips: Arc<Mutex<Trips>>,
+) -> std::io::Result<()> {
+    let server = TcpStream::connect((Ipv4Addr::LOCALHOST, to))?;
+    client.set_nodelay(true)?;
+    server.set_nodelay(true)?;
+    let (from_server, to_client) = (server.try_clone()?, client.try_clone()?);
+    let answers = Arc::clone(&trips);
+    let answered = move || {
+        let mut trips = answers.lock().unwrap();
+        trips.answered += usize::from(std::mem::take(&mut trips.waits));
+    };
+    spawn(move || carry(from_server, to_client, round_trip / 2, || {}, answered));
+    // That of TCP itself, which the kernel has answered for us at once.
+    sleep(round_trip);
+    let asks = move || trips.lock().unwrap().waits = true;
+    carry(client, server, round_trip / 2, asks, || {});
+    Ok(())
+}
+
+/// Carries bytes one way, each for as long as the way takes. What has arrived together by then
+/// goes on together, as it would in the real network's packets.
+fn carry(
+    mut from: TcpStream,
+    mut to: TcpStream,
+    time: Duration,
+    arrived: impl Fn(),
+    delivered: impl Fn() + Send + 'static,
+) {
+    let (send, receive) = channel::<(Instant, Vec<u8>)>();
+    spawn(move || {
+        while let Ok((due, mut bytes)) = receive.recv() {
+            sleep(due.saturating_duration_since(Instant::now()));
+            bytes.extend(receive.try_iter().flat_map(|(_, more)| more));
+            delivered();
+            if to.write_all(&bytes).is_err() {
+                return;
+            }
+        }
+        let _ = to.shutdown(Shutdown::Write);
+    });
+    let mut buffer = vec![0; 64 * 1024];
+    while let Ok(count @ 1..) = from.read(&mut buffer) {
+        arrived();
+        if send
+            .send((Instant::now() + time, buffer[..count].to_vec()))
+            .is_err()
+        {
+            return;
+        }
+    }
+}

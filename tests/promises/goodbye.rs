@@ -1,0 +1,37 @@
+//! The server sees every session end as it should.
+
+use crate::support::{builder, demo, eventually, with};
+
+#[test]
+fn says_goodbye() {
+    let rds = builder()
+        .force_ssl(false)
+        .setting("log_disconnections", "on")
+        // Only at this level does PostgreSQL log a client that goes without a word.
+        .setting("log_min_messages", "debug1")
+        .start()
+        .unwrap();
+    demo(&with(&rds, &[])).succeeded();
+    demo(&with(&rds, &[("DB_CA_CERT", "")])).succeeded();
+    let over = |log: String| log.matches("disconnection: ").count();
+    // Two of ours and one of the set-up; the server logs them after it has hung up.
+    eventually("three sessions are over", || over(rds.log().unwrap()) == 3);
+    let log = rds.log().unwrap();
+    for sign in ["unexpected EOF", "could not receive data", "SSL error"] {
+        assert!(!log.contains(sign), "{log}");
+    }
+
+    // A program that returns from `main` without waiting for the connection would show.
+    let mut config = tokio_postgres::Config::new();
+    config.host_path(rds.socket()).port(rds.port());
+    config.user("rdsadmin").dbname("postgres");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let connecting = config.connect(tokio_postgres::NoTls);
+    drop(runtime.block_on(connecting).unwrap());
+    eventually("the server has noticed", || {
+        rds.log().unwrap().contains("unexpected EOF")
+    });
+}

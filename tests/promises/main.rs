@@ -1,0 +1,15 @@
+//! What the program promises, a module a promise.
+
+mod any_input;
+mod bad_input;
+mod broken_servers;
+mod failover;
+mod goodbye;
+mod man_in_the_middle;
+mod readme;
+mod roots;
+mod round_trips;
+mod settings;
+mod soak;
+mod support;
+mod tls;
