@@ -77,7 +77,7 @@ async fn ask<T: MakeTlsConnect<Socket>>(mut pg: Config, tls: T) -> Result<String
     answer.with_context(|| format!("connecting to {}", target(&pg)))
 }
 
-/// Limits TCP to each host, and returns the limit for all: as long for each, and once for the rest.
+/// Limits TCP to each host, and returns the limit for everything: as long per host, and once more.
 fn limit(pg: &mut Config) -> Duration {
     let tcp = *pg.get_connect_timeout().unwrap_or(&Duration::from_secs(5));
     pg.connect_timeout(tcp);

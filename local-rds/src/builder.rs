@@ -1,4 +1,4 @@
-//! What an instance is asked to be like.
+//! The options of an instance.
 
 use std::net::Ipv4Addr;
 
@@ -8,7 +8,7 @@ use crate::home::{Files, Home};
 use crate::server::LocalRds;
 use crate::{Authority, ENDPOINT, IAM_USER, KeyType, PASSWORD, ServerCertificate, USER, programs};
 
-/// What the stand-in is to be like; by default, like a new RDS instance.
+/// The options of the stand-in. The defaults are those of a new RDS instance.
 pub struct Builder {
     certificate: Option<(ServerCertificate, String)>,
     force_ssl: Option<bool>,
@@ -28,19 +28,19 @@ impl Builder {
         }
     }
 
-    /// The certificate authority; by default [`KeyType::Rsa2048`].
+    /// The certificate authority. The default is [`KeyType::Rsa2048`].
     pub fn key_type(mut self, key_type: KeyType) -> Self {
         self.key_type = key_type;
         self
     }
 
-    /// `rds.force_ssl`; by default on from PostgreSQL 15 on, as on RDS.
+    /// `rds.force_ssl`. The default is on from PostgreSQL 15 on, as on RDS.
     pub fn force_ssl(mut self, on: bool) -> Self {
         self.force_ssl = Some(on);
         self
     }
 
-    /// The password of [`USER`]; by default [`PASSWORD`].
+    /// The password of [`USER`]. The default is [`PASSWORD`].
     pub fn password(mut self, password: &str) -> Self {
         self.password = password.to_owned();
         self
@@ -58,7 +58,7 @@ impl Builder {
         self
     }
 
-    /// Makes the instance, and waits until it answers.
+    /// Creates the instance, and waits until it accepts connections.
     pub fn start(self) -> Result<LocalRds> {
         let bin = programs::server()?;
         let (certificate, roots) = match self.certificate {

@@ -38,8 +38,8 @@ impl KeyType {
     }
 }
 
-/// ring makes no RSA keys, and a library that does takes longer to build than all the rest. The server's own
-/// packages need the command.
+/// ring cannot make RSA keys, and the libraries that can take long to build. Debian's PostgreSQL depends on the
+/// package of this command.
 fn rsa(bits: u32, algorithm: &'static SignatureAlgorithm) -> Result<KeyPair> {
     let mut openssl = Command::new("openssl");
     openssl.args(["genpkey", "-algorithm", "RSA", "-pkeyopt"]);
@@ -64,13 +64,13 @@ pub struct Authority {
 pub struct ServerCertificate {
     /// The server's own certificate.
     pub leaf: String,
-    /// The one that signed it; servers send it behind their own.
+    /// The certificate that signed it. A server sends both.
     pub subordinate: String,
     pub key: String,
 }
 
 impl Authority {
-    /// Makes a new authority with keys of its own. Two of them share names and nothing else.
+    /// Creates an authority with new keys. All authorities of a key type have the same names.
     pub fn new(key_type: KeyType) -> Result<Self> {
         let root_key = key_type.generate()?;
         let root = ca(
@@ -96,12 +96,12 @@ impl Authority {
         })
     }
 
-    /// The root certificate, as PEM: what `DB_CA_CERT` is to hold.
+    /// The root certificate as PEM, for `DB_CA_CERT`.
     pub fn root(&self) -> &str {
         &self.root
     }
 
-    /// A server certificate for `name`, valid for a year, with what `change` makes of it.
+    /// Issues a server certificate for `name`, valid for a year, after `change` has changed it.
     pub fn issue(
         &self,
         name: &str,
@@ -131,7 +131,7 @@ fn ca(name: &str, days: i64) -> CertificateParams {
     ca
 }
 
-/// What the certificates of RDS have in common; valid from yesterday, in case a clock is slow.
+/// The fields that all certificates of RDS have. They are valid from yesterday, in case a clock is slow.
 fn params(name: &str, days: i64) -> CertificateParams {
     let mut params = CertificateParams::default();
     for (kind, value) in [

@@ -1,4 +1,4 @@
-//! The folder in which one server lives: what it is configured with, and its data.
+//! The folder of one server: its configuration and its data.
 
 use std::io::ErrorKind::AlreadyExists;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -10,10 +10,10 @@ use anyhow::{Context, Result};
 
 use crate::ServerCertificate;
 
-/// The superuser, whom only the socket in the server's own folder lets in.
+/// The superuser, who can log in over the Unix socket only.
 pub const ADMIN: &str = "rdsadmin";
 
-/// What the server is configured with.
+/// The contents of the configuration files.
 #[derive(Clone)]
 pub struct Files {
     pub certificate: ServerCertificate,
@@ -22,12 +22,12 @@ pub struct Files {
     pub settings: Vec<(String, String)>,
 }
 
-/// The folder of one server; removed with this, if the server has not done so.
+/// The folder of one server. Dropping this deletes the folder.
 pub struct Home {
     pub bin: PathBuf,
     pub files: Files,
     pub folder: PathBuf,
-    /// The user and group who run the server if we are root, as whom PostgreSQL does not run.
+    /// The user and group that run the server if this process is root: PostgreSQL refuses to run as root.
     pub user: Option<(u32, u32)>,
 }
 
@@ -63,7 +63,7 @@ impl Home {
         self.write("server.crt", 0o644, &chain)?;
         self.write("server.key", 0o600, &certificate.key)?;
 
-        // The rows of IAM users first, as the first that matches counts.
+        // The server uses the first row that matches, so the rows of IAM users come first.
         let host = if *force_ssl { "hostssl" } else { "host" };
         let hba = format!(
             "local all,replication {ADMIN} trust\n\
@@ -112,7 +112,7 @@ impl Drop for Home {
     }
 }
 
-/// `TMPDIR`, or else memory if there is plenty, as a server makes a thousand files and deletes them soon.
+/// `TMPDIR`, or memory if there is enough of it, because a server writes a thousand files and soon deletes them.
 fn parent() -> PathBuf {
     let shm = "/dev/shm";
     let df = Command::new("df").args(["-Pk", shm]).output();
@@ -131,7 +131,7 @@ fn parent() -> PathBuf {
     }
 }
 
-/// The first that is free of this process's own names.
+/// Creates the first folder of `local-rds-<process>-<number>` that does not exist.
 fn new_folder(parent: &Path) -> Result<PathBuf> {
     for nth in 0.. {
         let folder = parent.join(format!("local-rds-{}-{nth}", process::id()));
@@ -149,7 +149,7 @@ fn server_user() -> Option<(u32, u32)> {
     of("postgres").or_else(|| of("nobody"))
 }
 
-/// What the command `id` says.
+/// The number that the command `id` prints.
 fn id(args: &[&str]) -> Option<u32> {
     let output = Command::new("id").args(args).output().ok()?;
     String::from_utf8(output.stdout).ok()?.trim().parse().ok()

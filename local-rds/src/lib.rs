@@ -1,4 +1,4 @@
-//! A throwaway PostgreSQL that looks to a client like an Amazon RDS instance.
+//! A throwaway PostgreSQL that looks like an Amazon RDS instance to a client.
 //!
 //! ```no_run
 //! let rds = local_rds::LocalRds::builder().start()?;
@@ -6,8 +6,8 @@
 //! # Ok::<(), anyhow::Error>(())
 //! ```
 //!
-//! The server programs are the real ones, and so are its certificates. It listens on 127.0.0.1
-//! alone, and it is gone, data and all, when the [`LocalRds`] is dropped or its process ends.
+//! The server is a real PostgreSQL, with certificates like those of RDS. It listens on 127.0.0.1 only. Dropping the
+//! [`LocalRds`], or the end of its process, stops the server and deletes its data.
 
 mod builder;
 mod certificates;
@@ -22,14 +22,14 @@ pub use programs::psql;
 pub use relay::Relay;
 pub use server::LocalRds;
 
-/// The name that the server's certificate is for; RDS names its endpoints like this.
+/// The host name in the server's certificate. It has the form of an RDS endpoint.
 pub const ENDPOINT: &str = "database-1.xq7f5vzbpq1x.ca-central-1.rds.amazonaws.com";
 
-/// The master user, as the RDS console proposes it. Not a superuser, on RDS as here.
+/// The master user that the RDS console proposes. It is not a superuser, as on RDS.
 pub const USER: &str = "postgres";
 
 /// The master user's password, unless the [`Builder`] is given another.
 pub const PASSWORD: &str = "throwaway";
 
-/// A user who logs in as with IAM database authentication: see [`LocalRds::iam_token`].
+/// A user with IAM database authentication: see [`LocalRds::iam_token`].
 pub const IAM_USER: &str = "iam_user";

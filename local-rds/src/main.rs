@@ -1,4 +1,4 @@
-//! Starts the stand-in, runs a command with the variables that lead to it, and takes it away.
+//! Starts the stand-in, runs a command with the variables to connect to it, and deletes it.
 
 use std::ffi::OsString;
 use std::os::unix::process::ExitStatusExt;
@@ -10,11 +10,11 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 const HELP: &str = "\
-A throwaway PostgreSQL that looks to a client like an Amazon RDS instance.
+A throwaway PostgreSQL that looks like an Amazon RDS instance to a client.
 
 local-rds [OPTIONS] [COMMAND [ARGS]]
 
-With a command: runs it with PG.*, DB_CA_CERT and libpq's own variables set, and exits as it does.
+With a command: runs it with PG.*, DB_CA_CERT and the variables of libpq, and exits with its exit code.
 Without: prints how to connect, and waits for Ctrl-C.
 
   --force-ssl 0|1                      rds.force_ssl (1 from PostgreSQL 15 on)
@@ -47,7 +47,7 @@ fn main() -> Result<ExitCode> {
     }
     let command: Vec<OsString> = args.collect();
 
-    // From here on a signal is something to read, and not the end before the server's.
+    // From here on, a signal does not end this process before the server has ended.
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let rds = builder.start()?;
     if signals.pending().next().is_some() {
@@ -68,20 +68,18 @@ fn main() -> Result<ExitCode> {
 
     let mut command = Command::new(program);
     command.args(args).envs(rds.env()).envs(rds.libpq_env());
-    // What Cargo tells this program of its package would make a Cargo that it runs build ring anew.
-    let names = std::env::vars_os().map(|(name, _)| name);
-    let cargos = |name: &OsString| {
-        let name = name.to_string_lossy();
-        name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")
-    };
-    names.filter(cargos).for_each(|name| {
-        command.env_remove(name);
-    });
+    // The variables in which Cargo describes this package. With them, a Cargo in the command builds ring again.
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(&name);
+        }
+    }
     let mut child = command
         .spawn()
         .with_context(|| format!("running {}", program.display()))?;
     let pid = child.id().to_string();
-    // Ctrl-C reaches the command by itself, and what it does with it is for the command to say.
+    // The terminal sends Ctrl-C to the command as well, which decides whether to end. SIGTERM is passed on.
     std::thread::spawn(move || {
         for _ in signals.forever().filter(|signal| *signal == SIGTERM) {
             let _ = Command::new("kill").args(["-s", "TERM", &pid]).status();

@@ -24,7 +24,7 @@ pub fn server() -> Result<PathBuf> {
     )
 }
 
-/// psql itself, which on Debian is not the `psql` of `PATH`: that is a script which looks for it.
+/// The program psql. On Debian, the `psql` in `PATH` is a script that starts it.
 pub fn psql() -> Result<PathBuf> {
     let mut programs = folders().into_iter().map(|folder| folder.join("psql"));
     programs
@@ -48,7 +48,7 @@ pub fn version(folder: &Path) -> Result<u32> {
         .with_context(|| format!("no version in {text:?}"))
 }
 
-/// Where PostgreSQL's programs may be: the folder to use first, then the others.
+/// The folders in which PostgreSQL's programs may be, in the order of preference.
 fn folders() -> Vec<PathBuf> {
     let mut folders = Vec::new();
     folders.extend(std::env::var_os("LOCAL_RDS_BIN").map(PathBuf::from));
@@ -62,7 +62,7 @@ fn folders() -> Vec<PathBuf> {
     folders
 }
 
-/// `parent/<prefix><version>/bin`, from the highest version down.
+/// The folders `parent/<prefix><version>/bin`, the highest version first.
 fn versions(parent: &str, prefix: &str) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
     let mut found: Vec<(u32, PathBuf)> = entries

@@ -1,4 +1,4 @@
-//! The way to a server, made longer.
+//! A relay that adds a delay, as a distant server has it, and counts round trips.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{sleep, spawn};
 use std::time::{Duration, Instant};
 
-/// A relay to a server that is as far away as it is told, and counts the round trips.
+/// A relay to a server. It delays each message, and counts the round trips.
 pub struct Relay {
     port: u16,
     connections: Arc<Mutex<Vec<Arc<Mutex<Trips>>>>>,
@@ -16,15 +16,15 @@ pub struct Relay {
 /// The round trips of one connection.
 #[derive(Default)]
 struct Trips {
-    /// How often the client has spoken, and waited for the answer.
+    /// How often the client has sent something and has received an answer.
     answered: usize,
-    /// It has spoken, and the answer is on its way.
+    /// The client has sent something, and there is no answer yet.
     waits: bool,
 }
 
 impl Relay {
-    /// To this port on 127.0.0.1, with so long a way to it and back. Of no length at all it
-    /// could not tell an answer from the next question, which it has to for counting.
+    /// Relays to a port on 127.0.0.1. `round_trip` must not be zero: without a delay, the relay cannot tell
+    /// which messages belong together.
     pub fn new(to: u16, round_trip: Duration) -> std::io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let port = listener.local_addr()?.port();
@@ -40,12 +40,12 @@ impl Relay {
         Ok(Self { port, connections })
     }
 
-    /// Where it listens, on 127.0.0.1.
+    /// The port on which it listens, on 127.0.0.1.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// The round trips of each connection so far, with the one of TCP.
+    /// The round trips of each connection so far, including the one of TCP.
     pub fn round_trips(&self) -> Vec<usize> {
         let connections = self.connections.lock().unwrap();
         let answered = |trips: &Arc<Mutex<Trips>>| trips.lock().unwrap().answered;
@@ -72,15 +72,15 @@ fn connect(
         trips.answered += usize::from(std::mem::take(&mut trips.waits));
     };
     spawn(move || carry(from_server, to_client, round_trip / 2, || {}, answered));
-    // That of TCP itself, which the kernel has answered for us at once.
+    // The round trip of TCP, which took no time on this machine.
     sleep(round_trip);
     let asks = move || trips.lock().unwrap().waits = true;
     carry(client, server, round_trip / 2, asks, || {});
     Ok(())
 }
 
-/// Carries bytes one way, each for as long as the way takes. What has arrived together by then
-/// goes on together, as it would in the real network's packets.
+/// Carries bytes in one direction, each with the delay. Bytes that are due at the same time are sent together, as
+/// in a packet of a network.
 fn carry(
     mut from: TcpStream,
     mut to: TcpStream,

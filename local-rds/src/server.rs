@@ -14,11 +14,11 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::home::{ADMIN, Home};
 use crate::{Builder, ENDPOINT, IAM_USER, USER, programs};
 
-/// How long a server may take to answer, and a standby to stream.
+/// The limit for a server to start, and for a standby to begin to stream.
 const START: Duration = Duration::from_secs(60);
 
-/// Runs the server while the script's standard input is open. The kernel closes that when the
-/// parent ends, however it ends; then the server is stopped and its folder removed.
+/// Runs the server while the script's standard input is open. When the parent process ends, in whatever way, the
+/// kernel closes it. Then the script stops the server and deletes its folder.
 const KEEPER: &str = r#"
 trap '' HUP INT QUIT
 exec 3<&0
@@ -30,8 +30,8 @@ exec 3<&0
 server=$!
 {
     cat <&3 >/dev/null
-    # Again and again: initdb and postgres are deaf to it for a moment when they start. And in the
-    # end without regard to the data: PostgreSQL 18 may wait for ever in recovery after a crash.
+    # Repeat the signal, because initdb and postgres ignore it for a moment when they start. In the end send
+    # QUIT, because PostgreSQL 18 may wait for ever in recovery after a crash.
     signal=INT tries=0
     until test -e "$2/ended"; do
         tries=$((tries + 1))
@@ -55,15 +55,15 @@ pub struct LocalRds {
     password: String,
 }
 
-/// Its life.
+/// Start and stop.
 impl LocalRds {
-    /// An instance as the RDS console makes it if nothing is changed there.
+    /// The options of an instance: without a change, those that the RDS console proposes.
     pub fn builder() -> Builder {
         Builder::new()
     }
 
     pub(crate) fn start(home: Home, password: String) -> Result<Self> {
-        // Asked for and given back: in between another program may take the port.
+        // A port that is free now; another program may take it before the server does.
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?
             .local_addr()?
             .port();
@@ -74,12 +74,12 @@ impl LocalRds {
             .arg(&home.folder)
             .arg(port.to_string())
             .arg(ADMIN);
-        // Nothing of our environment: it may have variables that are meant for a client.
+        // Our environment may have variables for a client, which the server would read.
         keeper
             .env_clear()
             .env("PATH", "/usr/bin:/bin")
             .env("LC_ALL", "C");
-        // A group of its own, which Ctrl-C in the terminal does not reach.
+        // In a process group of its own, the server does not get Ctrl-C from the terminal.
         keeper.process_group(0).current_dir(&home.folder);
         keeper
             .stdin(Stdio::piped())
@@ -188,7 +188,7 @@ impl Drop for LocalRds {
     }
 }
 
-/// What there is to know about it.
+/// Facts about it.
 impl LocalRds {
     /// The TCP port, on 127.0.0.1.
     pub fn port(&self) -> u16 {
@@ -200,7 +200,7 @@ impl LocalRds {
         programs::version(&self.home.bin)
     }
 
-    /// The file of the root certificates that clients are told to trust.
+    /// The file of the root certificates, for `DB_CA_CERT`.
     pub fn roots(&self) -> PathBuf {
         self.home.path("root.pem")
     }
@@ -210,7 +210,7 @@ impl LocalRds {
         self.home.path("data")
     }
 
-    /// All that the server has logged so far.
+    /// The server's log so far.
     pub fn log(&self) -> Result<String> {
         let log = fs::read(self.home.path("log")).unwrap_or_default();
         Ok(String::from_utf8_lossy(&log).into_owned())
@@ -233,7 +233,7 @@ impl LocalRds {
         ]
     }
 
-    /// The environment in which psql, and whatever else is made with libpq, connects to it.
+    /// The environment in which psql, and other programs with libpq, connect to it.
     pub fn libpq_env(&self) -> Vec<(&'static str, String)> {
         vec![
             ("PGHOST", ENDPOINT.to_owned()),
@@ -247,8 +247,8 @@ impl LocalRds {
         ]
     }
 
-    /// The password of [`IAM_USER`], of the form and the length of an IAM token. As on RDS, the
-    /// server asks for it in cleartext, and inside TLS only.
+    /// The password of [`IAM_USER`], with the form and length of an IAM token. As on RDS, the server asks for it in
+    /// cleartext, and inside TLS only.
     pub fn iam_token(&self) -> String {
         let session = "IQoJb3JpZ2luX2VjEJ%2F%2F%2FwEaDGNhLWNlbnRyYWwtMSJH%2BzBF".repeat(48);
         format!(

@@ -45,7 +45,7 @@ fn word(good: &'static [&'static str]) -> BoxedStrategy<String> {
     prop_oneof![9 => select(good).prop_map(str::to_owned), 1 => text().prop_map(|t| format!("{SECRET}{t}"))].boxed()
 }
 
-/// Keywords with values. The lists have as many entries as there are hosts, or it is not connected.
+/// Keywords with values. Each list has as many entries as there are hosts.
 fn keywords() -> impl Strategy<Value = BTreeMap<&'static str, String>> {
     let list = |of: &'static [&'static str]| {
         move |n: usize| prop::collection::vec(select(of), n).prop_map(|list| list.join(","))

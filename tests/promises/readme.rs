@@ -420,6 +420,7 @@ fn provoked() -> BTreeMap<&'static str, Run> {
     let expired = LocalRds::builder().certificate(&expired, authority.root());
     let expired = expired.start().unwrap();
     let iam = [("PG.USER", IAM_USER), ("PG.PASSWORD", &RDS.iam_token())];
+    let forced = builder().force_ssl(true).start().unwrap();
     let [v1, own] = not_rds().map(|rds| demo(&with(&rds, &[])));
     BTreeMap::from([
         ("connection timed out", at(*hole, &[])),
@@ -432,7 +433,10 @@ fn provoked() -> BTreeMap<&'static str, Run> {
         ("PG.HOST, which is not set", demo(&[])),
         ("unknown option", of(&[("PG.PASWORD", "x")])),
         ("invalid value for option", of(&[("PG.PORT", "x")])),
-        ("no pg_hba.conf entry", of(&[("DB_CA_CERT", "")])),
+        (
+            "no pg_hba.conf entry",
+            demo(&with(&forced, &[("DB_CA_CERT", "")])),
+        ),
         ("root certificates", of(&[("DB_CA_CERT", "/nonexistent")])),
         (
             "UnknownIssuer",
