@@ -88,7 +88,7 @@ fn limit(pg: &mut Config) -> Duration {
 fn target(pg: &Config) -> String {
     match (pg.get_hosts(), pg.get_ports()) {
         ([Host::Tcp(host)], ports) => format!("{host}:{}", ports.first().unwrap_or(&5432)),
-        ([], _) => "PG.HOST, which is not set (set PG__HOST where a shell drops the dot)".into(),
+        ([], _) => "PG.HOST, which is not set (in a shell, export PG__HOST instead)".into(),
         (hosts, ports) => format!("{hosts:?}, ports {ports:?}"),
     }
 }

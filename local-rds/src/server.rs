@@ -5,7 +5,8 @@ use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{self, Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -63,10 +64,7 @@ impl LocalRds {
     }
 
     pub(crate) fn start(home: Home, password: String) -> Result<Self> {
-        // A port that is free now; another program may take it before the server does.
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?
-            .local_addr()?
-            .port();
+        let port = free_port();
         let mut keeper = Command::new("/bin/sh");
         keeper.arg("-c").arg(KEEPER).arg("local-rds");
         keeper
@@ -258,5 +256,20 @@ impl LocalRds {
              &X-Amz-Security-Token={session}&X-Amz-Signature={:064x}",
             self.port, 0x5eed
         )
+    }
+}
+
+/// A port that no other stand-in has, below those that systems give to clients: a client could take one of those
+/// before the server does.
+fn free_port() -> u16 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let nth = process::id()
+            .wrapping_mul(97)
+            .wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = 10_000 + (nth % 20_000) as u16;
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return port;
+        }
     }
 }

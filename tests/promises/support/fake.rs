@@ -5,6 +5,7 @@ use std::net::Ipv4Addr;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::thread;
 
+use super::eventually;
 use local_rds::ServerCertificate;
 use rustls::ServerConfig;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
@@ -62,8 +63,11 @@ impl Fake {
         Self { port, heard }
     }
 
-    /// All that each client has sent so far.
+    /// All that each client has sent, once all of them are gone.
     pub fn heard(&self) -> Vec<Vec<u8>> {
+        // Every connection holds the record, besides this and the listener.
+        let gone = || Arc::strong_count(&self.heard) == 2;
+        eventually("all clients are gone", gone);
         self.heard.lock().unwrap().clone()
     }
 }
