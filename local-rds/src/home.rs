@@ -4,6 +4,7 @@ use std::io::ErrorKind::AlreadyExists;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::{env, fs, process};
 
 use anyhow::{Context, Result};
@@ -131,17 +132,20 @@ fn parent() -> PathBuf {
     }
 }
 
-/// Creates the first folder of `local-rds-<process>-<number>` that does not exist.
+/// Creates a folder with a name that this process has not used before, as a folder is deleted twice: by the server's
+/// script, and by dropping [`Home`].
 fn new_folder(parent: &Path) -> Result<PathBuf> {
-    for nth in 0.. {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let nth = NEXT.fetch_add(1, Ordering::Relaxed);
         let folder = parent.join(format!("local-rds-{}-{nth}", process::id()));
         match fs::create_dir(&folder) {
+            // Left by an earlier process with the same number.
             Err(error) if error.kind() == AlreadyExists => continue,
             made => made.with_context(|| format!("making {}", folder.display()))?,
         }
         return Ok(folder);
     }
-    unreachable!()
 }
 
 fn server_user() -> Option<(u32, u32)> {
