@@ -8,6 +8,7 @@
 //! | with an answer                        | of no rows, of many, of another type            |
 //! | as a real one does                    | shutting down, being full, losing its processes |
 //!
+//! Limits are recognized by the words of the error and not by a clock, so they hold on a busy machine.
 //! With several hosts, one that fails is left for the next; one that falls silent is the end.
 
 use std::io::Error;
