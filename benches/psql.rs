@@ -97,14 +97,9 @@ fn main() -> Result<()> {
 /// dev-dependencies, too.
 fn build(folder: &str, profile: &[&str]) -> Result<PathBuf> {
     let mut cargo = Command::new(env!("CARGO"));
-    // Without what Cargo tells the bench of its package, which would make it build ring anew.
-    cargo
-        .env_clear()
-        .envs(std::env::vars_os().filter(|(name, _)| {
-            let name = name.to_string_lossy();
-            !name.starts_with("CARGO_PKG_") && !name.starts_with("CARGO_MANIFEST_")
-        }));
-    let built = cargo.args(["build", "-q"]).args(profile).status()?;
+    cargo.args(["build", "-q"]).args(profile);
+    local_rds::forget_package(&mut cargo);
+    let built = cargo.status()?;
     ensure!(built.success(), "{cargo:?}: {built}");
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name(folder);
     Ok(target.join("tokio-postgres-rustls-rds-demo"))

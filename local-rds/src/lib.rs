@@ -16,6 +16,8 @@ mod programs;
 mod relay;
 mod server;
 
+use std::process::Command;
+
 pub use builder::Builder;
 pub use certificates::{Authority, KeyType, ServerCertificate};
 pub use programs::psql;
@@ -33,3 +35,14 @@ pub const PASSWORD: &str = "throwaway";
 
 /// A user with IAM database authentication: see [`LocalRds::iam_token`].
 pub const IAM_USER: &str = "iam_user";
+
+/// Removes the variables in which Cargo describes the running package: with them, a Cargo that this command starts
+/// builds ring again.
+pub fn forget_package(command: &mut Command) {
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(&name);
+        }
+    }
+}

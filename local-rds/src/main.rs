@@ -68,13 +68,7 @@ fn main() -> Result<ExitCode> {
 
     let mut command = Command::new(program);
     command.args(args).envs(rds.env()).envs(rds.libpq_env());
-    // The variables in which Cargo describes this package. With them, a Cargo in the command builds ring again.
-    for (name, _) in std::env::vars_os() {
-        let text = name.to_string_lossy();
-        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
-            command.env_remove(&name);
-        }
-    }
+    local_rds::forget_package(&mut command);
     let mut child = command
         .spawn()
         .with_context(|| format!("running {}", program.display()))?;

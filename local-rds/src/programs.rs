@@ -7,18 +7,17 @@ use anyhow::{Context, Result, ensure};
 
 /// The folder of `initdb` and `postgres`: that of `LOCAL_RDS_BIN`, or else the first found.
 pub fn server() -> Result<PathBuf> {
-    let has_server = |folder: &Path| ["initdb", "postgres"].map(|name| folder.join(name).is_file());
+    let has =
+        |folder: &PathBuf| folder.join("initdb").is_file() && folder.join("postgres").is_file();
     if let Some(folder) = std::env::var_os("LOCAL_RDS_BIN").map(PathBuf::from) {
-        let both = has_server(&folder) == [true, true];
         ensure!(
-            both,
+            has(&folder),
             "no initdb and postgres in LOCAL_RDS_BIN {}",
             folder.display()
         );
         return Ok(folder);
     }
-    let mut folders = folders().into_iter();
-    folders.find(|folder| has_server(folder) == [true, true]).context(
+    folders().into_iter().find(has).context(
         "no PostgreSQL server on this machine: run local-rds/install-postgresql, or set LOCAL_RDS_BIN to the \
          folder of initdb and postgres",
     )

@@ -1,9 +1,9 @@
-//! The `local-rds` command: what it sets, what it passes on, and that nothing of it stays.
+//! The `local-rds` command: what it sets, what it passes on, and that it leaves nothing behind.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -52,7 +52,7 @@ fn is_gone(tmp: &Path) {
 }
 
 /// Starts it, waits for the folder of the server, or for `line` of its output, and ends it.
-fn end(args: &[&str], line: Option<&str>, how: impl FnOnce(&Child)) -> (Child, PathBuf) {
+fn end(args: &[&str], line: Option<&str>, how: impl FnOnce(&Child)) -> Option<i32> {
     let (mut command, tmp) = local_rds(args);
     // A process group, as the terminal makes one, whose Ctrl-C is for all in it.
     let mut child = command
@@ -75,9 +75,9 @@ fn end(args: &[&str], line: Option<&str>, how: impl FnOnce(&Child)) -> (Child, P
         }
     }
     how(&child);
-    child.wait().unwrap();
+    let status = child.wait().unwrap();
     is_gone(tmp.path());
-    (child, tmp.path().to_owned())
+    status.code()
 }
 
 /// Sends a signal to the command alone.
@@ -173,32 +173,27 @@ fn a_folder_without_a_server_is_named() {
 
 #[test]
 fn without_a_command_it_serves_until_ctrl_c() {
-    let (mut child, _) = end(&[], Some("PGSSLROOTCERT"), |child| {
-        kill_group("INT", child);
-    });
-    assert_eq!(child.wait().unwrap().code(), Some(0));
+    let code = end(&[], Some("PGSSLROOTCERT"), |child| kill_group("INT", child));
+    assert_eq!(code, Some(0));
 }
 
 #[test]
 fn ctrl_c_is_for_the_command_to_answer() {
     let script =
         "trap : INT; echo ready; sleep 1; sleep 1; psql -c 'select 1' >/dev/null && exit 7";
-    let (mut child, _) = end(&["sh", "-c", script], Some("ready"), |child| {
-        kill_group("INT", child);
+    let code = end(&["sh", "-c", script], Some("ready"), |child| {
+        kill_group("INT", child)
     });
-    assert_eq!(child.wait().unwrap().code(), Some(7));
+    assert_eq!(code, Some(7));
 }
 
 #[test]
 fn is_gone_after_a_term_signal() {
-    let (mut child, _) = end(
-        &["sh", "-c", "echo ready; exec sleep 600"],
-        Some("ready"),
-        |child| {
-            kill("TERM", child);
-        },
-    );
-    assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
+    let script = "echo ready; exec sleep 600";
+    let code = end(&["sh", "-c", script], Some("ready"), |child| {
+        kill("TERM", child)
+    });
+    assert_eq!(code, Some(128 + 15));
 }
 
 #[test]

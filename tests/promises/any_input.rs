@@ -2,7 +2,7 @@
 //!
 //! - Any set of `PG.*` either means exactly its values or is refused by the name of a variable.
 //! - Any user, password, database, options and application name reach the server as they are.
-//! - Any file of `DB_CA_CERT` is either refused or leads to no trust in a server that is not in it.
+//! - Any file of `DB_CA_CERT` is either refused or leads to no trust in a server whose root is not in it.
 //! - The password is in no output: here it always begins with [`SECRET`].
 
 use std::collections::BTreeMap;

@@ -1,4 +1,4 @@
-//! What is wrong with the input is said by the name of the variable, and nothing is connected to.
+//! An error about wrong input names the variable or the host, and shows no secret.
 //!
 //! | input            | wrong                                      | and right, though it may look odd     |
 //! |------------------|--------------------------------------------|---------------------------------------|

@@ -1,4 +1,4 @@
-//! Whoever is on the way to the server learns nothing, whatever they answer.
+//! Someone on the network path to the server learns no user name, password or query, whatever they answer.
 //!
 //! | the man in the middle                          | what he gets                           |
 //! |------------------------------------------------|----------------------------------------|
@@ -6,7 +6,7 @@
 //! | says yes to TLS, and goes on in plaintext      | a ClientHello; no user, no password    |
 //! | has a certificate that is wrong, in eight ways | an alert                               |
 //! | offers TLS 1.1 at most                         | an alert                               |
-//! | has a certificate that is right                | what channel binding does not rule out |
+//! | has a certificate of the same authority        | a log-in that channel binding ends     |
 
 use std::io::Error;
 
@@ -90,7 +90,7 @@ fn plaintext_after_yes_to_tls_is_not_taken_for_an_answer() {
     }
 }
 
-/// Handshakes and alerts, but for the name of the host in them nothing to read.
+/// Nothing but TLS handshakes and alerts, in which only the host name can be read.
 fn only_tls(mut heard: &[u8]) {
     while let [kind, 3, _, high, low, rest @ ..] = heard {
         assert!([0x15, 0x16].contains(kind), "{heard:?}");
@@ -234,7 +234,7 @@ fn relay(rds: &LocalRds, authority: &Authority, change: fn(&mut Vec<u8>)) -> Fak
     })
 }
 
-/// A TLS client to whom every certificate is right, as it is to a relay.
+/// A TLS client that accepts every certificate, as the relay's does.
 fn anyone() -> tokio_rustls::TlsConnector {
     use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
     use rustls::pki_types::{CertificateDer, ServerName, UnixTime};

@@ -131,19 +131,15 @@ impl World {
     fn new() -> Self {
         let authority = Authority::new(KeyType::Rsa2048).unwrap();
         let certificate = authority.issue(ENDPOINT, |_| {}).unwrap();
-        let server = || LocalRds::builder().certificate(&certificate, authority.root());
+        let server = |certificate| LocalRds::builder().certificate(certificate, authority.root());
+        let forced = server(&certificate).force_ssl(true).start().unwrap();
         let cluster = ["database-1.cluster-xq7", "database-1.cluster-ro-xq7"]
             .map(|start| format!("{start}f5vzbpq1x.ca-central-1.rds.amazonaws.com"));
         let names = rcgen::CertificateParams::new(cluster)
             .unwrap()
             .subject_alt_names;
-        let certificate = authority
-            .issue(ENDPOINT, |leaf| leaf.subject_alt_names = names)
-            .unwrap();
-        let writer = LocalRds::builder()
-            .certificate(&certificate, authority.root())
-            .start()
-            .unwrap();
+        let certificate = authority.issue(ENDPOINT, |leaf| leaf.subject_alt_names = names);
+        let writer = server(&certificate.unwrap()).start().unwrap();
         let reader = writer.standby().unwrap();
 
         // The project, but for one of the roots, whose place our authority's takes.
@@ -164,14 +160,15 @@ impl World {
         let bundle = folder.path().join("ca-certificates/global-bundle.pem");
         fs::write(bundle, format!("{others}{}", authority.root())).unwrap();
 
-        let forced = server().force_ssl(true).start().unwrap();
         // Stand-ins for the AWS command line, the instance's name in DNS and a terminal, for what is
         // asked of them and nothing else.
-        let only = |name: &str, args: &str, output: &str| {
+        let script = |name: &str, script: &str| {
             let path = folder.path().join(name);
-            let script = format!("#!/bin/sh\ntest \"$*\" = '{args}' && echo '{output}'\n");
-            fs::write(&path, script).unwrap();
+            fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        };
+        let only = |name: &str, args: &str, output: &str| {
+            script(name, &format!("test \"$*\" = '{args}' && echo '{output}'"));
         };
         let token = "rds generate-db-auth-token --hostname";
         let account = format!("--port 5432 --region ca-central-1 --username {IAM_USER}");
@@ -182,13 +179,7 @@ impl World {
         );
         let host = format!("127.0.0.1 {ENDPOINT}");
         only("getent", &format!("hosts {ENDPOINT}"), &host);
-        let path = folder.path().join("stty");
-        fs::write(
-            &path,
-            "#!/bin/sh\ncase \"$*\" in -echo | echo) ;; *) exit 1 ;; esac\n",
-        )
-        .unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        script("stty", "case \"$*\" in -echo | echo) ;; *) exit 1 ;; esac");
         Self {
             folder,
             forced,
@@ -420,7 +411,6 @@ fn provoked() -> BTreeMap<&'static str, Run> {
     let expired = LocalRds::builder().certificate(&expired, authority.root());
     let expired = expired.start().unwrap();
     let iam = [("PG.USER", IAM_USER), ("PG.PASSWORD", &RDS.iam_token())];
-    let forced = builder().force_ssl(true).start().unwrap();
     let [v1, own] = not_rds().map(|rds| demo(&with(&rds, &[])));
     BTreeMap::from([
         ("connection timed out", at(*hole, &[])),
@@ -433,10 +423,7 @@ fn provoked() -> BTreeMap<&'static str, Run> {
         ("PG.HOST, which is not set", demo(&[])),
         ("unknown option", of(&[("PG.PASWORD", "x")])),
         ("invalid value for option", of(&[("PG.PORT", "x")])),
-        (
-            "no pg_hba.conf entry",
-            demo(&with(&forced, &[("DB_CA_CERT", "")])),
-        ),
+        ("no pg_hba.conf entry", of(&[("DB_CA_CERT", "")])),
         ("root certificates", of(&[("DB_CA_CERT", "/nonexistent")])),
         (
             "UnknownIssuer",

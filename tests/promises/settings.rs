@@ -20,7 +20,7 @@ fn nowhere(change: &[(&str, &str)]) -> Run {
     demo(&changed(vars(NOWHERE), change))
 }
 
-/// The line that logs the settings, without the time and the level.
+/// The line that logs the settings, without the level.
 #[track_caller]
 fn logged(run: &Run) -> &str {
     let line = run

@@ -1,6 +1,6 @@
 //! With `DB_CA_CERT` there is verified TLS or an error; without it, plaintext and a warning.
 
-use crate::support::{PLAIN, RDS, TLS_1_2, builder, demo, file, with};
+use crate::support::{PLAIN, RDS, TLS_1_2, demo, file, with};
 use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, PASSWORD};
 
 #[test]
@@ -92,8 +92,7 @@ fn connects_without_tls_where_allowed_and_warns() {
 
 #[test]
 fn is_refused_without_tls_where_it_is_forced() {
-    let rds = builder().force_ssl(true).start().unwrap();
-    demo(&with(&rds, &[("DB_CA_CERT", "")])).failed(&[
+    demo(&with(&RDS, &[("DB_CA_CERT", "")])).failed(&[
         ENDPOINT,
         "FATAL: no pg_hba.conf entry for host \"127.0.0.1\", user \"postgres\", database \"postgres\"",
     ]);

@@ -1,4 +1,4 @@
-//! Servers that do what no honest one does, and the record of what they got to hear.
+//! Servers that do what no honest one does, and the record of what clients sent them.
 
 use std::future::Future;
 use std::net::Ipv4Addr;
@@ -23,7 +23,7 @@ static RUNTIME: LazyLock<Handle> = LazyLock::new(|| {
     handle
 });
 
-/// All that a client which requires TLS says in plaintext.
+/// All that a client with `sslmode=require` sends in plaintext.
 pub const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
 /// What clients are told when a server asks for the password as it is.
 pub const CLEARTEXT_PASSWORD: &[u8] = b"R\0\0\0\x08\0\0\0\x03";
@@ -40,7 +40,7 @@ pub struct Fake {
 }
 
 impl Fake {
-    /// The client's end of a connection is its own affair: errors of the script do not matter.
+    /// Errors of the script are ignored: a client may leave at any time.
     pub fn new<F>(script: impl Fn(Wire) -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = std::io::Result<()>> + Send + 'static,

@@ -38,8 +38,9 @@ pub const KEYWORDS: [(&str, &str); 19] = [
     ("load_balance_hosts", "random"),
 ];
 
-/// An instance with the defaults, for all tests that change nothing about it.
-pub static RDS: LazyLock<LocalRds> = LazyLock::new(|| LocalRds::builder().start().unwrap());
+/// An instance with the defaults of PostgreSQL 15 and later, for all tests that change nothing about it.
+pub static RDS: LazyLock<LocalRds> =
+    LazyLock::new(|| LocalRds::builder().force_ssl(true).start().unwrap());
 
 /// One where TLS is not forced, and which logs who connects.
 pub static PLAIN: LazyLock<LocalRds> = LazyLock::new(|| {
