@@ -1,7 +1,5 @@
 //! The options of an instance.
 
-use std::net::Ipv4Addr;
-
 use anyhow::Result;
 
 use crate::home::{Files, Home};
@@ -71,20 +69,15 @@ impl Builder {
                 )
             }
         };
-        let mut settings = vec![
-            (
-                "listen_addresses".to_owned(),
-                Ipv4Addr::LOCALHOST.to_string(),
-            ),
-            ("password_encryption".to_owned(), "scram-sha-256".to_owned()),
-            ("fsync".to_owned(), "off".to_owned()),
-        ];
-        settings.extend(self.settings);
+        let force_ssl = match self.force_ssl {
+            Some(on) => on,
+            None => programs::version(&bin)? >= 15,
+        };
         let files = Files {
             certificate,
-            force_ssl: self.force_ssl.unwrap_or(programs::version(&bin)? >= 15),
+            force_ssl,
             roots,
-            settings,
+            settings: self.settings,
         };
         let rds = LocalRds::start(Home::new(bin, files)?, self.password)?;
         let quote = |text: &str| format!("'{}'", text.replace('\'', "''"));

@@ -74,7 +74,13 @@ impl Home {
         );
         self.write("pg_hba.conf", 0o600, &hba)?;
 
-        let mut conf = String::from("ssl = on\n");
+        // The server uses the last line of a parameter, so the settings of an instance come last.
+        let mut conf = String::from(
+            "fsync = off\n\
+             listen_addresses = '127.0.0.1'\n\
+             password_encryption = scram-sha-256\n\
+             ssl = on\n",
+        );
         for (name, file) in [
             ("hba_file", "pg_hba.conf"),
             ("ssl_cert_file", "server.crt"),
@@ -116,20 +122,17 @@ impl Drop for Home {
 /// `TMPDIR`, or memory if there is enough of it, because a server writes a thousand files and soon deletes them.
 fn parent() -> PathBuf {
     let shm = "/dev/shm";
-    let df = Command::new("df").args(["-Pk", shm]).output();
-    let df = df.map_or_else(
-        |_| String::new(),
-        |df| String::from_utf8_lossy(&df.stdout).into_owned(),
-    );
-    // "tmpfs 24684084 0 24684084 0% /dev/shm", below a line of headings
-    let free = df
-        .lines()
-        .nth(1)
-        .and_then(|line| line.split_whitespace().nth(3)?.parse().ok());
     match env::var_os("TMPDIR") {
-        None if free.unwrap_or(0) > 1024 * 1024 => shm.into(),
+        None if free_kib(shm).is_some_and(|free| free > 1024 * 1024) => shm.into(),
         _ => env::temp_dir(),
     }
+}
+
+fn free_kib(folder: &str) -> Option<u64> {
+    let df = printed("df", &["-Pk", folder])?;
+    // "tmpfs 24684084 0 24684084 0% /dev/shm", below a line of headings
+    let line = df.lines().nth(1)?;
+    line.split_whitespace().nth(3)?.parse().ok()
 }
 
 /// Creates a folder with a name that this process has not used before, as a folder is deleted twice: by the server's
@@ -155,6 +158,11 @@ fn server_user() -> Option<(u32, u32)> {
 
 /// The number that the command `id` prints.
 fn id(args: &[&str]) -> Option<u32> {
-    let output = Command::new("id").args(args).output().ok()?;
-    String::from_utf8(output.stdout).ok()?.trim().parse().ok()
+    printed("id", args)?.trim().parse().ok()
+}
+
+/// What a command prints, if there is such a command.
+fn printed(command: &str, args: &[&str]) -> Option<String> {
+    let output = Command::new(command).args(args).output().ok()?;
+    String::from_utf8(output.stdout).ok()
 }

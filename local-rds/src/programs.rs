@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::LazyLock;
 
 use anyhow::{Context, Result, ensure};
 
@@ -17,7 +18,7 @@ pub fn server() -> Result<PathBuf> {
         );
         return Ok(folder);
     }
-    folders().into_iter().find(has).context(
+    FOLDERS.iter().find(|folder| has(folder)).cloned().context(
         "no PostgreSQL server on this machine: run local-rds/install-postgresql, or set LOCAL_RDS_BIN to the \
          folder of initdb and postgres",
     )
@@ -25,7 +26,7 @@ pub fn server() -> Result<PathBuf> {
 
 /// The program psql. On Debian, the `psql` in `PATH` is a script that starts it.
 pub fn psql() -> Result<PathBuf> {
-    let mut programs = folders().into_iter().map(|folder| folder.join("psql"));
+    let mut programs = FOLDERS.iter().map(|folder| folder.join("psql"));
     programs
         .find(|psql| psql.is_file())
         .context("no psql on this machine")
@@ -48,7 +49,7 @@ pub fn version(folder: &Path) -> Result<u32> {
 }
 
 /// The folders in which PostgreSQL's programs may be, in the order of preference.
-fn folders() -> Vec<PathBuf> {
+static FOLDERS: LazyLock<Vec<PathBuf>> = LazyLock::new(|| {
     let mut folders = Vec::new();
     folders.extend(std::env::var_os("LOCAL_RDS_BIN").map(PathBuf::from));
     if let Ok(out) = Command::new("pg_config").arg("--bindir").output() {
@@ -59,7 +60,7 @@ fn folders() -> Vec<PathBuf> {
     folders.extend(versions("/opt/homebrew/opt", "postgresql@"));
     folders.extend(versions("/usr/local/opt", "postgresql@"));
     folders
-}
+});
 
 /// The folders `parent/<prefix><version>/bin`, the highest version first.
 fn versions(parent: &str, prefix: &str) -> Vec<PathBuf> {

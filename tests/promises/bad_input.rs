@@ -12,11 +12,10 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 
-use crate::support::fake::{Fake, SSL_REQUEST, silence, startup};
+use crate::support::fake::{SSL_REQUEST, only_says};
 use crate::support::{PLAIN, PROGRAM, RDS, Run, at, demo, file, with};
 use local_rds::{Authority, ENDPOINT, KeyType, ServerCertificate};
 use tempfile::TempDir;
-use tokio::io::AsyncWriteExt;
 
 /// Runs the program with this as the file of `DB_CA_CERT`.
 fn with_file(content: impl AsRef<[u8]>) -> Run {
@@ -288,11 +287,7 @@ fn a_socket_is_refused_where_tls_is_required_and_used_where_it_is_not() {
 
 #[test]
 fn an_address_without_a_name_is_refused_where_tls_is_required() {
-    let hello = Fake::new(|mut wire| async move {
-        startup(&mut wire).await?;
-        wire.write_all(b"S").await?;
-        silence(wire).await
-    });
+    let hello = only_says(b"S");
     at(hello.port, &RDS, &[("PG.HOST", "")]).failed(&["PG.HOST", "no hostname provided"]);
     assert_eq!(hello.heard(), [SSL_REQUEST]);
     demo(&with(&PLAIN, &[("PG.HOST", ""), ("DB_CA_CERT", "")])).succeeded();

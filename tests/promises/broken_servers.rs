@@ -15,19 +15,19 @@ use std::io::Error;
 use std::thread::scope;
 
 use crate::support::fake::{
-    CLEARTEXT_PASSWORD, Fake, WELCOME, Wire, acceptor, black_hole, message, only_says, silence,
+    CLEARTEXT_PASSWORD, Fake, WELCOME, Wire, black_hole, message, only_says, own_tls, silence,
     startup, tls,
 };
 use crate::support::{
-    LOCKED, PLAIN, RDS, Run, admin, at, builder, demo, eventually, file, full, kill, shutting_down,
-    terminate, while_the_query_runs, with,
+    LOCKED, PLAIN, RDS, Run, admin, at, builder, demo, eventually, full, kill, shutting_down,
+    terminate, then_the_good_one, while_the_query_runs, with,
 };
-use local_rds::{Authority, ENDPOINT, KeyType};
+use local_rds::ENDPOINT;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
 /// The points at which the client waits for a server.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Point {
+pub enum Point {
     Accept,
     SslRequest,
     ClientHello,
@@ -38,7 +38,7 @@ enum Point {
 use Point::*;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Fault {
+pub enum Fault {
     Silence,
     Close,
     HalfAMessage,
@@ -67,7 +67,7 @@ async fn break_down(
 }
 
 /// A server up to `point`, in TLS or without.
-async fn server(
+pub async fn server(
     wire: Wire,
     acceptor: Option<tokio_rustls::TlsAcceptor>,
     point: Point,
@@ -137,9 +137,7 @@ fn cause(with_tls: bool, point: Point, fault: Fault) -> &'static str {
 
 #[test]
 fn every_fault_at_every_point_is_an_error_within_the_time_allowed() {
-    let authority = Authority::new(KeyType::Ecc384).unwrap();
-    let acceptor = acceptor(&authority.issue(ENDPOINT, |_| {}).unwrap());
-    let roots = file(authority.root());
+    let (acceptor, roots) = own_tls();
     let roots = roots.to_str().unwrap();
     let case = |with_tls: bool, point: Point, fault: Fault, limit: &str| {
         let acceptor = with_tls.then(|| acceptor.clone());
@@ -267,20 +265,6 @@ fn a_packet_that_is_dropped_is_not_waited_for_for_minutes() {
     ]);
 }
 
-/// To this host first, and then to the good one.
-fn then_the_good_one(name: &str, port: u16, limit: &str) -> Run {
-    let good = RDS.port();
-    demo(&with(
-        &RDS,
-        &[
-            ("PG.HOST", &format!("{name},{ENDPOINT}")),
-            ("PG.HOSTADDR", "127.0.0.1,127.0.0.1"),
-            ("PG.PORT", &format!("{port},{good}")),
-            ("PG.CONNECT_TIMEOUT", limit),
-        ],
-    ))
-}
-
 #[test]
 fn of_several_hosts_the_next_is_tried_in_time_if_the_first_fails() {
     let closes = Fake::new(|wire| server(wire, None, Accept, Close));
@@ -296,7 +280,7 @@ fn of_several_hosts_the_next_is_tried_in_time_if_the_first_fails() {
             ("db.example.com", good),
         ] {
             for limit in ["2", ""] {
-                scope.spawn(move || then_the_good_one(name, port, limit).succeeded());
+                scope.spawn(move || demo(&then_the_good_one(name, port, limit)).succeeded());
             }
         }
     });
@@ -309,7 +293,7 @@ fn of_several_hosts_one_that_falls_silent_ends_it_within_the_time_of_all() {
     scope(|scope| {
         for port in [after_accept.port, says_yes_and_no_more.port] {
             scope.spawn(move || {
-                let run = then_the_good_one(ENDPOINT, port, "1");
+                let run = demo(&then_the_good_one(ENDPOINT, port, "1"));
                 run.failed(&[ENDPOINT, "no answer within 3s (PG.CONNECT_TIMEOUT)"]);
             });
         }

@@ -1,6 +1,6 @@
 //! The server sees every session end as it should.
 
-use crate::support::{builder, demo, eventually, with};
+use crate::support::{admin_config, builder, demo, eventually, with};
 
 #[test]
 fn says_goodbye() {
@@ -22,9 +22,7 @@ fn says_goodbye() {
     }
 
     // A program that returns from `main` without waiting for the connection would show.
-    let mut config = tokio_postgres::Config::new();
-    config.host_path(rds.socket()).port(rds.port());
-    config.user("rdsadmin").dbname("postgres");
+    let config = admin_config(&rds);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -9,13 +9,15 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
+use crate::broken_servers::{Fault::Silence, Point::Query, server};
 use crate::round_trips::STOCK_ROUND_TRIPS;
-use crate::support::fake::{Fake, WELCOME, acceptor, black_hole, only_says, silence, startup, tls};
-use crate::support::{KEYWORDS, RDS, Run, admin, at, builder, demo, file, run_of, vars, with};
+use crate::support::fake::{Fake, black_hole, only_says, own_tls, silence};
+use crate::support::{
+    KEYWORDS, RDS, Run, admin, at, builder, demo, file, run_of, then_the_good_one, vars, with,
+};
 use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, PASSWORD, ServerCertificate};
 use regex::Regex;
 use tempfile::TempDir;
-use tokio::io::AsyncWriteExt;
 
 const PROJECT: &str = env!("CARGO_MANIFEST_DIR");
 
@@ -226,21 +228,7 @@ impl World {
             .collect();
         (String::from_utf8(output.stdout).unwrap(), after)
     }
-}
 
-#[test]
-fn its_commands_give_its_outputs_in_bash_and_in_dash() {
-    let world = World::new();
-    let mut environment = environment();
-    let folder = world.folder.path().display();
-    let path = environment.get_mut("PATH").unwrap();
-    *path = format!("{folder}:{path}");
-    for shell in ["bash", "dash"] {
-        world.follow(shell, &environment);
-    }
-}
-
-impl World {
     /// Each section goes on where the walkthrough has ended; within one it is the same shell.
     fn follow(&self, shell: &str, environment: &BTreeMap<String, String>) {
         let mut walkthrough = environment.clone();
@@ -257,36 +245,29 @@ impl World {
             if section != current.0 {
                 current = (section, walkthrough.clone());
             }
-            let to = |addresses: &str, ports: String| {
-                vec![("PG__HOSTADDR", addresses.to_owned()), ("PG__PORT", ports)]
+            let project = state == "the project";
+            let mut env = if project { environment } else { &current.1 }.clone();
+            let mut to = |addresses: &str, ports: String| {
+                env.insert("PG__HOSTADDR".to_owned(), addresses.to_owned());
+                env.insert("PG__PORT".to_owned(), ports);
             };
-            let place = match state.as_str() {
-                "the project" | "variables" => vec![],
+            match state.as_str() {
+                "the project" | "variables" => {}
                 "rds.force_ssl=1" | "iam" => to("127.0.0.1", self.forced.port().to_string()),
                 "cluster" => {
                     let ports = format!("{},{}", self.reader.port(), self.writer.port());
                     to("127.0.0.1,127.0.0.1", ports)
                 }
                 other => panic!("README.md:{line}: no such state: {other}"),
-            };
-            let mut env = if state == "the project" {
-                environment.clone()
-            } else {
-                current.1.clone()
-            };
-            env.extend(
-                place
-                    .into_iter()
-                    .map(|(name, value)| (name.to_owned(), value)),
-            );
-            let (printed, after) = self.run(&command, shell, state == "the project", &env);
+            }
+            let (printed, after) = self.run(&command, shell, project, &env);
             assert_eq!(
                 masked(&printed),
                 masked(&output),
                 "README.md:{line} in {shell}: {command}"
             );
             assert!(!printed.contains(PASSWORD));
-            if state != "the project" {
+            if !project {
                 current.1 = after;
             }
             if current.0 == "Connect to your RDS instance" {
@@ -295,6 +276,18 @@ impl World {
             count += 1;
         }
         assert!(count >= 7, "only {count} of its commands have been found");
+    }
+}
+
+#[test]
+fn its_commands_give_its_outputs_in_bash_and_in_dash() {
+    let world = World::new();
+    let mut environment = environment();
+    let folder = world.folder.path().display();
+    let path = environment.get_mut("PATH").unwrap();
+    *path = format!("{folder}:{path}");
+    for shell in ["bash", "dash"] {
+        world.follow(shell, &environment);
     }
 }
 
@@ -347,7 +340,7 @@ fn its_table_of_settings_has_all_that_are_accepted_with_values_that_are() {
     assert!(listed.iter().all(known), "{listed:?}");
 }
 
-/// What openssl makes of these arguments in a folder of its own, by the names of the files.
+/// Runs openssl with these arguments in this folder.
 fn openssl(folder: &TempDir, args: &str) {
     let mut openssl = std::process::Command::new("openssl");
     let output = openssl.args(args.split(' ')).current_dir(folder).output();
@@ -601,27 +594,13 @@ fn its_pool_connects_over_tls_reaches_the_second_host_and_ends_on_a_silent_serve
     let pool = new_project("pool", &code, "deadpool-postgres = \"0.14\"");
 
     let answer = "PostgreSQL 1";
-    let run = run_of(&pool, &with(&RDS, &[]));
-    assert!(
-        run.code == Some(0) && run.output.contains(answer),
-        "{run:?}"
-    );
     let (hole, ..) = &black_hole();
-    for first in [1, *hole] {
-        let ports = format!("{first},{}", RDS.port());
-        let hosts = format!("{ENDPOINT},{ENDPOINT}");
-        let run = run_of(
-            &pool,
-            &with(
-                &RDS,
-                &[
-                    ("PG.HOST", &hosts),
-                    ("PG.HOSTADDR", "127.0.0.1,127.0.0.1"),
-                    ("PG.PORT", &ports),
-                    ("PG.CONNECT_TIMEOUT", "1"),
-                ],
-            ),
-        );
+    for vars in [
+        with(&RDS, &[]),
+        then_the_good_one(ENDPOINT, 1, "1"),
+        then_the_good_one(ENDPOINT, *hole, "1"),
+    ] {
+        let run = run_of(&pool, &vars);
         assert!(
             run.code == Some(0) && run.output.contains(answer),
             "{run:?}"
@@ -643,20 +622,8 @@ fn its_pool_connects_over_tls_reaches_the_second_host_and_ends_on_a_silent_serve
     );
     failing(&[("DB_CA_CERT", "")], &["DB_CA_CERT is not set"]);
 
-    // It takes the start-up, and then falls silent at the query.
-    let authority = Authority::new(KeyType::Ecc384).unwrap();
-    let acceptor = acceptor(&authority.issue(ENDPOINT, |_| {}).unwrap());
-    let fake = Fake::new(move |wire| {
-        let acceptor = acceptor.clone();
-        async move {
-            let mut session = tls(wire, &acceptor).await?;
-            startup(&mut session).await?;
-            session.write_all(WELCOME).await?;
-            session.flush().await?;
-            silence(session).await
-        }
-    });
-    let roots = file(authority.root());
+    let (acceptor, roots) = own_tls();
+    let fake = Fake::new(move |wire| server(wire, Some(acceptor.clone()), Query, Silence));
     let port = fake.port.to_string();
     let change = [("PG.PORT", &*port), ("DB_CA_CERT", roots.to_str().unwrap())];
     failing(&change, &["no answer from", ENDPOINT, "within 2s"]);

@@ -5,10 +5,11 @@ use std::net::Ipv4Addr;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::thread;
 
-use super::eventually;
-use local_rds::ServerCertificate;
+use super::{eventually, file};
+use local_rds::{Authority, ENDPOINT, KeyType, ServerCertificate};
 use rustls::ServerConfig;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use tempfile::TempPath;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::runtime::{Builder, Handle};
@@ -109,6 +110,13 @@ pub async fn tls<W: AsyncRead + AsyncWrite + Unpin>(
     startup(&mut wire).await?;
     wire.write_all(b"S").await?;
     acceptor.accept(wire).await
+}
+
+/// A TLS server with a certificate for [`ENDPOINT`], and the file of its root certificate.
+pub fn own_tls() -> (TlsAcceptor, TempPath) {
+    let authority = Authority::new(KeyType::Ecc384).unwrap();
+    let certificate = authority.issue(ENDPOINT, |_| {}).unwrap();
+    (acceptor(&certificate), file(authority.root()))
 }
 
 /// A TLS server with this certificate.

@@ -39,8 +39,7 @@ pub const KEYWORDS: [(&str, &str); 19] = [
 ];
 
 /// An instance with the defaults of PostgreSQL 15 and later, for all tests that change nothing about it.
-pub static RDS: LazyLock<LocalRds> =
-    LazyLock::new(|| LocalRds::builder().force_ssl(true).start().unwrap());
+pub static RDS: LazyLock<LocalRds> = LazyLock::new(|| builder().force_ssl(true).start().unwrap());
 
 /// One where TLS is not forced, and which logs who connects.
 pub static PLAIN: LazyLock<LocalRds> = LazyLock::new(|| {
@@ -57,7 +56,7 @@ pub static TLS_1_2: LazyLock<LocalRds> = LazyLock::new(|| {
 /// One for queries that wait for a lock, as all others of it do meanwhile.
 pub static LOCKED: LazyLock<Mutex<LocalRds>> = LazyLock::new(|| builder().start().unwrap().into());
 
-/// An instance to be changed; its certificate is the one of all others, as RSA keys take long to make.
+/// The options of an instance. All of these have the same certificate, as RSA keys take long to make.
 pub fn builder() -> Builder {
     static CERTIFICATE: LazyLock<(ServerCertificate, String)> = LazyLock::new(|| {
         let authority = Authority::new(KeyType::Rsa2048).unwrap();
@@ -154,11 +153,31 @@ pub fn at(port: u16, rds: &LocalRds, change: &[(&str, &str)]) -> Run {
     ))
 }
 
-/// A session of the superuser, over the Unix socket.
-pub fn admin(rds: &LocalRds) -> Client {
-    let mut config = postgres::Config::new();
+/// To this host first, and then to [`RDS`].
+pub fn then_the_good_one(name: &str, port: u16, limit: &str) -> Vec<Var> {
+    let good = RDS.port();
+    with(
+        &RDS,
+        &[
+            ("PG.HOST", &format!("{name},{ENDPOINT}")),
+            ("PG.HOSTADDR", "127.0.0.1,127.0.0.1"),
+            ("PG.PORT", &format!("{port},{good}")),
+            ("PG.CONNECT_TIMEOUT", limit),
+        ],
+    )
+}
+
+/// The superuser's way in, over the Unix socket.
+pub fn admin_config(rds: &LocalRds) -> tokio_postgres::Config {
+    let mut config = tokio_postgres::Config::new();
     config.host_path(rds.socket()).port(rds.port());
     config.user("rdsadmin").dbname("postgres");
+    config
+}
+
+/// A session of the superuser.
+pub fn admin(rds: &LocalRds) -> Client {
+    let config = postgres::Config::from(admin_config(rds));
     config.connect(postgres::NoTls).unwrap()
 }
 
