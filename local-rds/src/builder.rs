@@ -83,6 +83,7 @@ impl Builder {
         let quote = |text: &str| format!("'{}'", text.replace('\'', "''"));
         rds.sql(&format!(
             "CREATE ROLE {USER} LOGIN CREATEDB CREATEROLE PASSWORD {};
+             ALTER DATABASE postgres OWNER TO {USER};
              CREATE ROLE rds_iam;
              CREATE ROLE {IAM_USER} LOGIN IN ROLE rds_iam PASSWORD {};",
             quote(rds.password()),

@@ -40,7 +40,7 @@ impl Home {
             ),
             _ => None,
         };
-        let folder = new_folder(&parent())?;
+        let folder = new_folder()?;
         let home = Self {
             bin,
             files,
@@ -119,13 +119,17 @@ impl Drop for Home {
     }
 }
 
-/// `TMPDIR`, or memory if there is enough of it, because a server writes a thousand files and soon deletes them.
-fn parent() -> PathBuf {
+/// Creates a folder in `TMPDIR`, or if that is not set in memory, because a server writes a thousand files and soon
+/// deletes them. Where there is too little memory, or none that this user may write to, the temporary folder serves.
+fn new_folder() -> Result<PathBuf> {
     let shm = "/dev/shm";
-    match env::var_os("TMPDIR") {
-        None if free_kib(shm).is_some_and(|free| free > 1024 * 1024) => shm.into(),
-        _ => env::temp_dir(),
+    if env::var_os("TMPDIR").is_none()
+        && free_kib(shm).is_some_and(|free| free > 1024 * 1024)
+        && let Ok(folder) = new_folder_in(Path::new(shm))
+    {
+        return Ok(folder);
     }
+    new_folder_in(&env::temp_dir())
 }
 
 fn free_kib(folder: &str) -> Option<u64> {
@@ -137,7 +141,7 @@ fn free_kib(folder: &str) -> Option<u64> {
 
 /// Creates a folder with a name that this process has not used before, as a folder is deleted twice: by the server's
 /// script, and by dropping [`Home`].
-fn new_folder(parent: &Path) -> Result<PathBuf> {
+fn new_folder_in(parent: &Path) -> Result<PathBuf> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {
         let nth = NEXT.fetch_add(1, Ordering::Relaxed);

@@ -6,6 +6,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
 use local_rds::{KeyType, LocalRds};
+use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -72,11 +73,11 @@ fn main() -> Result<ExitCode> {
     let mut child = command
         .spawn()
         .with_context(|| format!("running {}", program.display()))?;
-    let pid = child.id().to_string();
+    let pid = Pid::from_child(&child);
     // The terminal sends Ctrl-C to the command as well, which decides whether to end. SIGTERM is passed on.
     std::thread::spawn(move || {
         for _ in signals.forever().filter(|signal| *signal == SIGTERM) {
-            let _ = Command::new("kill").args(["-s", "TERM", &pid]).status();
+            let _ = kill_process(pid, Signal::TERM);
         }
     });
     let status = child.wait()?;

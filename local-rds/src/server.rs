@@ -18,8 +18,8 @@ use crate::{Builder, ENDPOINT, IAM_USER, USER, programs};
 /// The limit for a server to start, and for a standby to begin to stream.
 const START: Duration = Duration::from_secs(60);
 
-/// Runs the server while the script's standard input is open. When the parent process ends, in whatever way, the
-/// kernel closes it. Then the script stops the server and deletes its folder.
+/// Runs the server while the script's standard input is open and its folder exists. When the parent process ends, in
+/// whatever way, the kernel closes the input. Then the script stops the server and deletes the folder.
 const KEEPER: &str = r#"
 trap '' HUP INT QUIT
 exec 3<&0
@@ -29,23 +29,28 @@ exec 3<&0
     exec "$1/postgres" -D "$2/data" -k "$2/data" -p "$3" -c config_file="$2/postgresql.conf"
 ) </dev/null >>"$2/log" 2>&1 3<&- &
 server=$!
-{
-    cat <&3 >/dev/null
+stop() {
     # Repeat the signal, because initdb and postgres ignore it for a moment when they start. In the end send
     # QUIT, because PostgreSQL 18 may wait for ever in recovery after a crash.
     signal=INT tries=0
-    until test -e "$2/ended"; do
+    while kill -0 "$server"; do
         tries=$((tries + 1))
         test "$tries" -lt 100 || signal=QUIT
         kill "-$signal" 0
         sleep 0.05
     done
-} &
+}
+{ cat <&3 >/dev/null; stop; } &
+owner=$!
+{ while test -d "$2" && kill -0 "$server"; do sleep 1; done; stop; } 3<&- &
 exec 3<&-
 wait "$server"
-: >"$2/ended"
-wait
+echo >"$2/ended"
+# The owner may still read the log.
+wait "$owner"
 rm -rf "$2"
+# What is left of this process group: the script, and a `sleep` of the folder's watcher.
+kill -KILL 0
 "#;
 
 /// A running stand-in.

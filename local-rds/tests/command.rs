@@ -3,20 +3,23 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use rustix::process::{
+    Pid, Signal, kill_process, kill_process_group, test_kill_process, test_kill_process_group,
+};
 use tempfile::TempDir;
 
 /// The command, with a folder of its own to make its folder in.
 fn local_rds(args: &[&str]) -> (Command, TempDir) {
-    // In memory if there is some; in any case where the user who runs the server may go too.
-    let parent = ["/dev/shm", "/tmp"]
+    // In memory if that can be had; in any case where the user who runs the server may go too.
+    let tmp = ["/dev/shm", "/tmp"]
         .into_iter()
-        .find(|path| Path::new(path).exists());
-    let tmp = TempDir::with_prefix_in("stand-in-", parent.unwrap()).unwrap();
+        .find_map(|parent| TempDir::with_prefix_in("stand-in-", parent).ok())
+        .unwrap();
     fs::set_permissions(
         tmp.path(),
         std::os::unix::fs::PermissionsExt::from_mode(0o777),
@@ -37,64 +40,78 @@ fn run(args: &[&str]) -> Output {
     output
 }
 
-/// No folder is left, and so no server, which ends when its folder is gone at the latest.
+/// No folder is left, and so no server, which ends before its folder is deleted.
 #[track_caller]
 fn is_gone(tmp: &Path) {
+    eventually(&format!("{} is empty", tmp.display()), || {
+        fs::read_dir(tmp).unwrap().next().is_none()
+    });
+}
+
+/// Waits until it is so, and no longer than half a minute.
+#[track_caller]
+fn eventually(what: &str, is_so: impl Fn() -> bool) {
     let start = Instant::now();
-    while fs::read_dir(tmp).unwrap().next().is_some() {
-        assert!(
-            start.elapsed() < Duration::from_secs(30),
-            "{} is not empty",
-            tmp.display()
-        );
+    while !is_so() {
+        let elapsed = start.elapsed();
+        assert!(elapsed < Duration::from_secs(30), "still not: {what}");
         sleep(Duration::from_millis(20));
     }
 }
 
+/// The command while it runs, in a process group of its own, as the terminal makes one. A test that panics ends it.
+struct Running(Child, TempDir);
+
+impl Running {
+    /// The folder of the server's socket.
+    fn socket(&self) -> PathBuf {
+        let mut folders = fs::read_dir(&self.1).unwrap();
+        folders.next().unwrap().unwrap().path().join("data")
+    }
+
+    /// Sends a signal to the command alone.
+    fn kill(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.0), signal).unwrap();
+    }
+
+    /// Sends a signal to the command and all that it has started, as a terminal does with Ctrl-C.
+    fn kill_group(&self, signal: Signal) {
+        kill_process_group(Pid::from_child(&self.0), signal).unwrap();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Ok(None) = self.0.try_wait() {
+            self.kill_group(Signal::KILL);
+            let _ = self.0.wait();
+        }
+    }
+}
+
 /// Starts it, waits for the folder of the server, or for `line` of its output, and ends it.
-fn end(args: &[&str], line: Option<&str>, how: impl FnOnce(&Child)) -> Option<i32> {
+fn end(args: &[&str], line: Option<&str>, how: impl FnOnce(&Running)) -> Option<i32> {
     let (mut command, tmp) = local_rds(args);
-    // A process group, as the terminal makes one, whose Ctrl-C is for all in it.
-    let mut child = command
-        .process_group(0)
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let command = command.process_group(0).stdout(Stdio::piped());
+    let mut running = Running(command.spawn().unwrap(), tmp);
     match line {
         Some(line) => {
-            let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+            let mut lines = BufReader::new(running.0.stdout.take().unwrap()).lines();
             lines
                 .find(|read| read.as_ref().unwrap().contains(line))
                 .unwrap()
                 .unwrap();
         }
         None => {
-            while fs::read_dir(tmp.path()).unwrap().next().is_none() {
+            while fs::read_dir(&running.1).unwrap().next().is_none() {
                 sleep(Duration::from_millis(1));
             }
         }
     }
-    how(&child);
-    let status = child.wait().unwrap();
-    is_gone(tmp.path());
+    how(&running);
+    let status = running.0.wait().unwrap();
+    is_gone(running.1.path());
     status.code()
-}
-
-/// Sends a signal to the command alone.
-fn kill(signal: &str, child: &Child) {
-    signal_to(signal, child.id().to_string());
-}
-
-/// Sends a signal to the command and all that it has started, as a terminal does.
-fn kill_group(signal: &str, child: &Child) {
-    signal_to(signal, format!("-{}", child.id()));
-}
-
-fn signal_to(signal: &str, whom: String) {
-    let kill = Command::new("kill")
-        .args(["-s", signal, "--", &whom])
-        .status();
-    assert!(kill.unwrap().success());
 }
 
 #[test]
@@ -173,7 +190,9 @@ fn a_folder_without_a_server_is_named() {
 
 #[test]
 fn without_a_command_it_serves_until_ctrl_c() {
-    let code = end(&[], Some("PGSSLROOTCERT"), |child| kill_group("INT", child));
+    let code = end(&[], Some("PGSSLROOTCERT"), |local_rds| {
+        local_rds.kill_group(Signal::INT)
+    });
     assert_eq!(code, Some(0));
 }
 
@@ -181,8 +200,8 @@ fn without_a_command_it_serves_until_ctrl_c() {
 fn ctrl_c_is_for_the_command_to_answer() {
     let script =
         "trap : INT; echo ready; sleep 1; sleep 1; psql -c 'select 1' >/dev/null && exit 7";
-    let code = end(&["sh", "-c", script], Some("ready"), |child| {
-        kill_group("INT", child)
+    let code = end(&["sh", "-c", script], Some("ready"), |local_rds| {
+        local_rds.kill_group(Signal::INT)
     });
     assert_eq!(code, Some(7));
 }
@@ -190,8 +209,8 @@ fn ctrl_c_is_for_the_command_to_answer() {
 #[test]
 fn is_gone_after_a_term_signal() {
     let script = "echo ready; exec sleep 600";
-    let code = end(&["sh", "-c", script], Some("ready"), |child| {
-        kill("TERM", child)
+    let code = end(&["sh", "-c", script], Some("ready"), |local_rds| {
+        local_rds.kill(Signal::TERM)
     });
     assert_eq!(code, Some(128 + 15));
 }
@@ -200,14 +219,57 @@ fn is_gone_after_a_term_signal() {
 fn is_gone_after_a_kill_signal_and_ctrl_c_whenever_they_come() {
     std::thread::scope(|scope| {
         for millis in [50, 300, 900] {
-            for signal in ["KILL", "INT"] {
+            for signal in [Signal::KILL, Signal::INT] {
                 scope.spawn(move || {
-                    end(&[], None, |child| {
+                    end(&[], None, |local_rds| {
                         sleep(Duration::from_millis(millis));
-                        kill_group(signal, child);
+                        local_rds.kill_group(signal);
                     });
                 });
             }
         }
     });
+}
+
+/// The process and the process group of a server, by the first line of its `postmaster.pid`.
+fn server(socket: &Path) -> [Pid; 2] {
+    let file = fs::read_to_string(socket.join("postmaster.pid")).unwrap();
+    let server = Pid::from_raw(file.lines().next().unwrap().parse().unwrap()).unwrap();
+    [server, rustix::process::getpgid(Some(server)).unwrap()]
+}
+
+#[track_caller]
+fn has_ended([server, group]: [Pid; 2]) {
+    eventually("the server has ended", || {
+        test_kill_process(server).is_err()
+    });
+    eventually("its script has ended", || {
+        test_kill_process_group(group).is_err()
+    });
+}
+
+#[test]
+fn a_server_whose_folder_is_deleted_ends_and_so_does_its_script() {
+    let rds = local_rds::LocalRds::builder().start().unwrap();
+    let [process, group] = server(&rds.socket());
+    fs::remove_dir_all(rds.socket().parent().unwrap()).unwrap();
+    eventually("the server has ended", || {
+        test_kill_process(process).is_err()
+    });
+    drop(rds);
+    has_ended([process, group]);
+}
+
+#[test]
+fn a_test_that_panics_leaves_no_server_behind() {
+    let mut processes = None;
+    let test = std::panic::AssertUnwindSafe(|| {
+        let script = "echo ready; exec sleep 600";
+        end(&["sh", "-c", script], Some("ready"), |local_rds| {
+            processes = Some(server(&local_rds.socket()));
+            panic!("as a test that fails does");
+        })
+    });
+    std::panic::catch_unwind(test).unwrap_err();
+    has_ended(processes.unwrap());
 }
