@@ -23,6 +23,7 @@ use crate::support::{
     terminate, then_the_good_one, while_the_query_runs, with,
 };
 use local_rds::ENDPOINT;
+use rustix::process::Signal;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 
 /// The points at which the client waits for a server.
@@ -332,7 +333,7 @@ fn a_server_that_starts_up_says_so() {
         .query_one("SELECT pg_backend_pid()", &[])
         .unwrap()
         .get(0);
-    kill("KILL", &pid.to_string());
+    kill(Signal::KILL, pid);
     eventually("it starts anew", || {
         rds.log()
             .unwrap()
@@ -360,7 +361,7 @@ fn a_session_that_is_ended_while_its_query_runs_says_why() {
 #[test]
 fn a_process_that_is_killed_while_its_query_runs_is_an_end_without_a_word() {
     let rds = builder().start().unwrap();
-    let run = while_the_query_runs(&rds, "60", |_, pid| kill("KILL", &pid.to_string()));
+    let run = while_the_query_runs(&rds, "60", |_, pid| kill(Signal::KILL, pid));
     run.failed(&[
         ENDPOINT,
         "SELECT * FROM",

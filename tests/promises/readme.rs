@@ -16,8 +16,15 @@ use crate::support::{
     KEYWORDS, RDS, Run, admin, at, builder, demo, file, run_of, then_the_good_one, vars, with,
 };
 use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, PASSWORD, ServerCertificate};
+use rcgen::{
+    BasicConstraints, CertificateParams, IsCa, KeyPair, PKCS_ECDSA_P384_SHA384, SigningKey,
+};
 use regex::Regex;
 use tempfile::TempDir;
+use x509_cert::certificate::{Certificate, Version};
+use x509_cert::der::asn1::BitString;
+use x509_cert::der::pem::LineEnding;
+use x509_cert::der::{Decode, Encode, EncodePem};
 
 const PROJECT: &str = env!("CARGO_MANIFEST_DIR");
 
@@ -340,39 +347,28 @@ fn its_table_of_settings_has_all_that_are_accepted_with_values_that_are() {
     assert!(listed.iter().all(known), "{listed:?}");
 }
 
-/// Runs openssl with these arguments in this folder.
-fn openssl(folder: &TempDir, args: &str) {
-    let mut openssl = std::process::Command::new("openssl");
-    let output = openssl.args(args.split(' ')).current_dir(folder).output();
-    let output = output.unwrap();
-    assert!(output.status.success(), "{openssl:?}: {output:?}");
-}
-
 /// Servers with certificates that are not like those of RDS, as people make them with openssl: one of
 /// X.509 v1, and one that is its own authority.
 fn not_rds() -> [LocalRds; 2] {
-    let folder = TempDir::new().unwrap();
-    let subject = format!("-subj /CN={ENDPOINT}");
-    let name = format!("-addext subjectAltName=DNS:{ENDPOINT}");
-    let new = "req -newkey rsa:2048 -nodes";
-    openssl(
-        &folder,
-        &format!("{new} -x509 {subject} {name} -keyout ca.key -out ca.crt"),
-    );
-    openssl(
-        &folder,
-        &format!("{new} {subject} -keyout v1.key -out v1.csr"),
-    );
-    let sign = "x509 -req -in v1.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -out v1.crt";
-    openssl(&folder, sign);
-    let read = |name: &str| fs::read_to_string(folder.path().join(name)).unwrap();
-    ["v1", "ca"].map(|name| {
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P384_SHA384).unwrap();
+    let mut own = CertificateParams::new([ENDPOINT.to_owned()]).unwrap();
+    own.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let own = own.self_signed(&key).unwrap();
+
+    // rcgen makes v3 only. In v1 there is neither a version nor an extension.
+    let mut v1 = Certificate::from_der(own.der()).unwrap();
+    v1.tbs_certificate.version = Version::V1;
+    v1.tbs_certificate.extensions = None;
+    let signature = key.sign(&v1.tbs_certificate.to_der().unwrap()).unwrap();
+    v1.signature = BitString::from_bytes(&signature).unwrap();
+
+    [v1.to_pem(LineEnding::LF).unwrap(), own.pem()].map(|leaf| {
         let certificate = ServerCertificate {
-            leaf: read(&format!("{name}.crt")),
+            leaf,
             subordinate: String::new(),
-            key: read(&format!("{name}.key")),
+            key: key.serialize_pem(),
         };
-        let builder = LocalRds::builder().certificate(&certificate, &read("ca.crt"));
+        let builder = LocalRds::builder().certificate(&certificate, &own.pem());
         builder.start().unwrap()
     })
 }

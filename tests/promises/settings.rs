@@ -322,10 +322,16 @@ fn names_with_a_dot_come_through_env_and_not_through_shells() {
     let seen = "connecting to nowhere.invalid:";
     let not_seen = "PG.HOST, which is not set";
     assert!(end("env", &["PG.HOST=nowhere.invalid", PROGRAM]).contains(seen));
-    assert!(end("env", &["PG__HOST=nowhere.invalid", "sh", "-c", PROGRAM]).contains(seen));
+    assert!(
+        end(
+            "env",
+            &["PG__HOST=nowhere.invalid", "sh", "-c", "\"$0\"", PROGRAM]
+        )
+        .contains(seen)
+    );
     let refused = end(
         "bash",
-        &["-c", &format!("export PG.HOST=nowhere.invalid; {PROGRAM}")],
+        &["-c", "export PG.HOST=nowhere.invalid; \"$0\"", PROGRAM],
     );
     assert!(
         refused.contains("not a valid identifier") && refused.contains(not_seen),
@@ -334,7 +340,13 @@ fn names_with_a_dot_come_through_env_and_not_through_shells() {
     if std::fs::exists("/bin/dash").unwrap() {
         let dropped = end(
             "env",
-            &["PG.HOST=nowhere.invalid", "/bin/dash", "-c", PROGRAM],
+            &[
+                "PG.HOST=nowhere.invalid",
+                "/bin/dash",
+                "-c",
+                "\"$0\"",
+                PROGRAM,
+            ],
         );
         assert!(dropped.contains(not_seen), "{dropped}");
     }

@@ -4,13 +4,13 @@ pub mod fake;
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
-use std::process::Command;
 use std::sync::{LazyLock, Mutex};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use local_rds::{Authority, Builder, ENDPOINT, KeyType, LocalRds, ServerCertificate};
 use postgres::Client;
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::{NamedTempFile, TempPath};
 
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_tokio-postgres-rustls-rds-demo");
@@ -195,9 +195,8 @@ pub fn eventually(what: &str, is_so: impl Fn() -> bool) {
 }
 
 /// Sends a signal to a process of a server.
-pub fn kill(signal: &str, pid: &str) {
-    let kill = Command::new("kill").args(["-s", signal, pid]).status();
-    assert!(kill.unwrap().success());
+pub fn kill(signal: Signal, pid: i32) {
+    kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
 }
 
 /// A server that has all the sessions it takes, for as long as these are open.
@@ -217,7 +216,7 @@ pub fn shutting_down() -> (LocalRds, Client) {
     let rds = builder().start().unwrap();
     let session = admin(&rds);
     let pid = std::fs::read_to_string(rds.socket().join("postmaster.pid")).unwrap();
-    kill("TERM", pid.lines().next().unwrap());
+    kill(Signal::TERM, pid.lines().next().unwrap().parse().unwrap());
     eventually("it is shutting down", || {
         rds.log().unwrap().contains("smart shutdown")
     });
