@@ -3,100 +3,116 @@
 //!
 //! - With `DB_CA_CERT`, no user name, password or query is sent until the server's certificate is
 //!   verified against the root certificates in that file and the host name.
-//! - No password is logged, at any level, or shown in an error.
-//! - It never hangs: TCP to each host may take `connect_timeout` (5 s unless set), the rest as long.
+//! - The value of `PG.PASSWORD` is not logged, at any level, or shown in an error. Any other variable
+//!   that seems to hold a secret by mistake is refused without its value: see [`checked`].
+//! - It never hangs: connecting has a time limit, and so have the queries.
 //!
 //! Left out: a pool (the README has one), retries, and client certificates, which RDS never asks for.
 
-use std::{collections::HashMap, env, fs, path::Path, path::PathBuf, time::Duration};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::{env, ffi::OsString, fs, time::Duration};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use log::{debug, info, warn};
+use rustls::crypto::ring::{default_provider, kx_group};
 use rustls::pki_types::{CertificateDer, pem::PemObject};
-use rustls::{ClientConfig, NamedGroup::secp256r1, RootCertStore, crypto::ring};
+use rustls::{ClientConfig, RootCertStore};
 use serde::{Deserialize, Deserializer, de::Error as _};
-use tokio_postgres::{Config, NoTls, Socket, config::Host, tls::MakeTlsConnect};
+use tokio::{runtime::Builder, time::timeout};
+use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres::{Client, Config, NoTls, Socket, tls::MakeTlsConnect};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-#[tokio::main(flavor = "current_thread")]
-async fn main() -> Result<()> {
+fn main() -> Result<()> {
     env_logger::init_from_env(env_logger::Env::default().default_filter_or("info"));
-    let settings = Settings::from_env().context("reading PG.* and DB_CA_CERT")?;
+    let mut settings = Settings::from_env().context("reading PG.* and DB_CA_CERT")?;
     debug!("{settings:?}");
-    let answer = if let Some(file) = &settings.db_ca_cert {
-        ask(settings.pg, MakeRustlsConnect::new(client_config(file)?)).await?
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let result = if let Some(roots) = &settings.db_ca_cert {
+        let tls = require_tls(&mut settings.pg, roots).context("reading the file of DB_CA_CERT")?;
+        runtime.block_on(connect_and_query(settings.pg, tls))
     } else {
         warn!("no DB_CA_CERT, so no TLS: anyone on the network path can read and change the data");
-        ask(settings.pg, NoTls).await?
+        runtime.block_on(connect_and_query(settings.pg, NoTls))
     };
-    info!("information_schema_catalog_name: {answer:?}");
-    Ok(())
+    // Dropping the runtime would wait for the thread of a DNS look-up that gets no answer.
+    runtime.shutdown_background();
+    result
 }
 
-/// TLS that trusts the root certificates in a PEM file, and no others.
-fn client_config(file: &Path) -> Result<ClientConfig> {
-    let reading = || format!("reading root certificates (DB_CA_CERT={})", file.display());
-    let pem = fs::read(file).with_context(reading)?;
-    let mut roots = RootCertStore::empty();
+/// Makes `pg` require TLS that trusts the root certificates in a PEM file, and no others.
+fn require_tls(pg: &mut Config, roots: &Path) -> Result<MakeRustlsConnect> {
+    let reading = || format!("reading root certificates from {}", roots.display());
+    let pem = fs::read(roots).with_context(reading)?;
+    let mut store = RootCertStore::empty();
     for der in CertificateDer::pem_reader_iter(&pem[..]) {
         // The parser's error would quote the file, which may be a private key.
         let der = der.ok().context("damaged PEM").with_context(reading)?;
-        roots.add(der).with_context(reading)?;
+        store.add(der).with_context(reading)?;
     }
-    ensure!(!roots.is_empty(), "{}: none found", reading());
-    debug!("{}: {} found", reading(), roots.len());
-    let mut provider = ring::default_provider();
-    // P-256 first: PostgreSQL up to 17 takes no other by default, and a refusal costs a round trip.
-    provider.kx_groups.sort_by_key(|kx| kx.name() != secp256r1);
-    let mut config = ClientConfig::builder_with_provider(provider.into())
+    ensure!(!store.is_empty(), "{}: none found", reading());
+    debug!("{}: {} found", reading(), store.len());
+
+    let mut provider = default_provider();
+    // PostgreSQL up to 17 takes P-256 only by default: another group first costs a round trip.
+    provider.kx_groups = vec![kx_group::SECP256R1, kx_group::X25519, kx_group::SECP384R1];
+    let mut tls = ClientConfig::builder_with_provider(provider.into())
         .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
+        .with_root_certificates(store)
         .with_no_client_auth();
     // `sslnegotiation=direct` needs this ALPN; PostgreSQL before 17 ignores it.
-    config.alpn_protocols = vec![b"postgresql".to_vec()];
-    Ok(config)
+    tls.alpn_protocols = vec![b"postgresql".to_vec()];
+    // Not `prefer`, the default: it falls back to plaintext if the server says it has no TLS.
+    pg.ssl_mode(SslMode::Require);
+    Ok(MakeRustlsConnect::new(tls))
 }
 
-/// Connects, queries in one round trip and says goodbye, all within one limit.
-async fn ask<T: MakeTlsConnect<Socket>>(mut pg: Config, tls: T) -> Result<String> {
-    const QUERY: &str = "SELECT * FROM information_schema.information_schema_catalog_name";
-    let limit = limit(&mut pg);
-    let answer = tokio::time::timeout(limit, async {
-        let (client, connection) = pg.connect(tls).await?;
-        // Dropping the client makes the connection send Terminate.
-        let row = async move { client.query_typed_one(QUERY, &[]).await };
-        let row = match tokio::join!(row, connection) {
-            // Only the connection knows why it was closed.
-            (Err(error), Err(cause)) if error.is_closed() => Err(cause),
-            (row, _) => row,
-        };
-        Ok(row.context(QUERY)?.try_get(0)?)
-    });
-    let late = || Err(anyhow!("no answer within {limit:?} (PG.CONNECT_TIMEOUT)"));
-    let answer = answer.await.unwrap_or_else(|_| late());
-    answer.with_context(|| format!("connecting to {}", target(&pg)))
-}
-
-/// Limits TCP to each host, and returns the limit for everything: as long per host, and once more.
-fn limit(pg: &mut Config) -> Duration {
-    let tcp = *pg.get_connect_timeout().unwrap_or(&Duration::from_secs(5));
-    pg.connect_timeout(tcp);
+/// Connects, hands the client to `query`, says goodbye, and logs the answer.
+async fn connect_and_query<T: MakeTlsConnect<Socket>>(mut pg: Config, tls: T) -> Result<()> {
+    // tokio-postgres limits TCP alone, for each address, and only if it is told to.
+    let tcp_limit = *pg.get_connect_timeout().unwrap_or(&Duration::from_secs(5));
+    pg.connect_timeout(tcp_limit);
+    // As long for each host, and once more for DNS, TLS and the log-in.
     let hosts = pg.get_hosts().len().max(pg.get_hostaddrs().len());
-    tcp.saturating_mul(hosts as u32 + 1)
-}
-
-fn target(pg: &Config) -> String {
-    match (pg.get_hosts(), pg.get_ports()) {
+    let connect_limit = tcp_limit.saturating_mul(hosts as u32 + 1);
+    let query_limit = connect_limit; // For a long report, put its own limit here.
+    let target = match (pg.get_hosts(), pg.get_ports()) {
         ([Host::Tcp(host)], ports) => format!("{host}:{}", ports.first().unwrap_or(&5432)),
         ([], _) => "PG.HOST, which is not set (in a shell, export PG__HOST instead)".into(),
         (hosts, ports) => format!("{hosts:?}, ports {ports:?}"),
-    }
+    };
+    let (client, connection) = timeout(connect_limit, pg.connect(tls))
+        .await
+        .with_context(|| format!("connecting to {target}: no answer within {connect_limit:?}"))?
+        .with_context(|| format!("connecting to {target}"))?;
+    let querying = async {
+        match tokio::join!(query(client), connection) {
+            // Only the connection knows why it was closed.
+            (Err(error), Err(cause)) if error.is_closed() => Err(cause),
+            (answer, _) => answer,
+        }
+    };
+    timeout(query_limit, querying)
+        .await
+        .with_context(|| format!("querying {target}: no answer within {query_limit:?}"))?
+        .with_context(|| format!("querying {target}"))
+        .map(|answer| info!("information_schema_catalog_name: {answer:?}"))
 }
 
+/// Your queries go here: one or several, or a transaction, which takes a `mut client`.
+async fn query(client: Client) -> Result<String, tokio_postgres::Error> {
+    const QUERY: &str = "SELECT * FROM information_schema.information_schema_catalog_name";
+    // Unlike `query_one`, it does not prepare the statement first: one round trip, not two.
+    let row = client.query_typed_one(QUERY, &[]).await?;
+    // In the end the client is dropped, which makes the connection send Terminate.
+    row.try_get(0)
+}
+
+/// A field that you add, such as `table: Option<String>`, is read from the variable `TABLE`.
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Settings {
-    /// From `PG.<KEYWORD>`, or `PG__<KEYWORD>` in shells. Its `Debug` redacts the password.
+    /// From `PG.<KEYWORD>`, or `PG__<KEYWORD>` in shells. tokio-postgres redacts the password in `Debug`.
     #[serde(deserialize_with = "from_keywords")]
     pg: Config,
     /// From `DB_CA_CERT`: a PEM file with the root certificates to trust. Without it, no TLS.
@@ -105,36 +121,51 @@ struct Settings {
 
 impl Settings {
     fn from_env() -> Result<Self> {
-        let (mut vars, mut names) = (HashMap::new(), HashMap::new());
+        let (mut vars, mut names) = (HashMap::new(), HashMap::<String, String>::new());
         for (name, value) in env::vars_os() {
             let name = name.to_string_lossy().into_owned();
             let key = name.to_lowercase().replacen("pg__", "pg.", 1);
-            if !key.starts_with("pg.") && key != "db_ca_cert" {
-                continue; // Other variables are ignored.
+            let keyword = key.strip_prefix("pg.");
+            let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+            // config takes a name with other characters, such as a second dot, for a path.
+            let plain = keyword != Some("") && keyword.unwrap_or(&key).chars().all(word);
+            if keyword.is_some() || key == "db_ca_cert" {
+                ensure!(plain, "{name} must be PG.<KEYWORD>");
+                let twin = names.insert(key.clone(), name.clone()).unwrap_or_default();
+                ensure!(twin.is_empty(), "{twin} and {name} set the same option");
+                vars.insert(key.clone(), checked(&name, &key, value)?);
+            } else if plain && key != "pg" {
+                vars.insert(key, value.to_string_lossy().into_owned());
             }
-            // Errors never show a value: it may be a misplaced password.
-            let value = value.into_string().unwrap_or_default();
-            ensure!(!value.is_empty(), "{name} is empty or not UTF-8");
-            let url = value.contains("://") || key == "pg.host" && value.contains('@');
-            ensure!(!url || key == "pg.password", "{name} must not be a URL");
-            let twin = names.insert(key.clone(), name.clone()).unwrap_or_default();
-            ensure!(twin.is_empty(), "{twin} and {name} set the same option");
-            vars.insert(key, value);
         }
         let tls = vars.contains_key("db_ca_cert");
-        let direct = vars.get("pg.sslnegotiation").is_some_and(|v| v == "direct");
-        ensure!(tls || !direct, "PG.SSLNEGOTIATION=direct needs DB_CA_CERT");
-        let mode = match (tls, vars.get("pg.sslmode").map_or("", String::as_str)) {
-            // Not `prefer`, the default: it falls back to plaintext if the server says it has no TLS.
-            (true, "" | "require" | "verify-full") => "require",
-            (false, "" | "prefer" | "disable") => "disable",
+        let value = |key| vars.get(key).map_or("", String::as_str);
+        let mode = match (tls, value("pg.sslmode"), value("pg.sslnegotiation")) {
+            (false, _, "direct") => bail!("PG.SSLNEGOTIATION=direct needs DB_CA_CERT"),
+            (false, "" | "disable" | "prefer", _) => "disable",
+            (true, "" | "require" | "verify-full", _) => "require",
             _ => bail!("PG.SSLMODE must be require or verify-full with DB_CA_CERT, else disable"),
         };
         vars.insert("pg.sslmode".into(), mode.into());
-        let source = config::Environment::default().source(Some(vars));
-        let config = config::Config::builder().add_source(source).build()?;
+        let vars = config::Environment::default().source(Some(vars));
+        let config = config::Config::builder().add_source(vars).build()?;
         Ok(config.try_deserialize()?)
     }
+}
+
+/// A value, unless it seems to hold a secret by mistake. The error must not show it.
+fn checked(name: &str, key: &str, value: OsString) -> Result<String> {
+    let value = value.into_string().unwrap_or_default();
+    let mistake = match key {
+        _ if value.is_empty() => "is empty or not UTF-8",
+        "pg.password" => return Ok(value),
+        _ if value.contains("://") => "must be one value, not a URL",
+        _ if value.contains("password=") => "must be one value, not a connection string",
+        "db_ca_cert" if value.contains("-----BEGIN") => "must be a path, not PEM text",
+        "pg.host" if value.contains(['@', '=', ' ', '\t', '\n']) => "must be a host name",
+        _ => return Ok(value),
+    };
+    bail!("{name} {mistake}")
 }
 
 /// tokio-postgres's own parser of `keyword='value'` knows, checks and documents every keyword.

@@ -48,7 +48,7 @@ wait "$server"
 echo >"$2/ended"
 # The owner may still read the log.
 wait "$owner"
-rm -rf "$2"
+test -e "$2/keep" || rm -rf "$2"
 # What is left of this process group: the script, and a `sleep` of the folder's watcher.
 kill -KILL 0
 "#;
@@ -70,39 +70,42 @@ impl LocalRds {
 
     pub(crate) fn start(home: Home, password: String) -> Result<Self> {
         let port = free_port();
-        let mut keeper = Command::new("/bin/sh");
-        keeper.arg("-c").arg(KEEPER).arg("local-rds");
-        keeper
-            .arg(&home.bin)
-            .arg(&home.folder)
-            .arg(port.to_string())
-            .arg(ADMIN);
-        // Our environment may have variables for a client, which the server would read.
-        keeper
-            .env_clear()
-            .env("PATH", "/usr/bin:/bin")
-            .env("LC_ALL", "C");
-        // In a process group of its own, the server does not get Ctrl-C from the terminal.
-        keeper.process_group(0).current_dir(&home.folder);
-        keeper
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        if let Some((uid, gid)) = home.user {
-            keeper.uid(uid).gid(gid);
-        }
-        let keeper = keeper.spawn().context("starting /bin/sh")?;
         let rds = Self {
+            keeper: keeper(&home, port)?,
             home,
-            keeper,
             port,
             password,
         };
-        rds.wait_until("PostgreSQL does not start", || {
-            // "… to accept connections", or "… to accept read-only connections" of a standby.
-            Ok(rds.log()?.contains("database system is ready to accept"))
-        })?;
+        rds.wait_until_ready(1)?;
         Ok(rds)
+    }
+
+    /// Stops the server and starts it again, with the same data and on the same port, as a reboot of an instance does.
+    pub fn restart(&mut self) -> Result<()> {
+        let starts = self.starts()?;
+        self.home.write("keep", 0o600, "")?;
+        self.stop();
+        for file in ["keep", "ended"] {
+            fs::remove_file(self.home.path(file))?;
+        }
+        self.keeper = keeper(&self.home, self.port)?;
+        self.wait_until_ready(starts + 1)
+    }
+
+    fn stop(&mut self) {
+        drop(self.keeper.stdin.take());
+        let _ = self.keeper.wait();
+    }
+
+    /// How often the server has become ready so far.
+    fn starts(&self) -> Result<usize> {
+        // "… to accept connections", or "… to accept read-only connections" of a standby.
+        let ready = "database system is ready to accept";
+        Ok(self.log()?.matches(ready).count())
+    }
+
+    fn wait_until_ready(&self, starts: usize) -> Result<()> {
+        self.wait_until("PostgreSQL does not start", || Ok(self.starts()? >= starts))
     }
 
     fn wait_until(&self, complaint: &str, is_so: impl Fn() -> Result<bool>) -> Result<()> {
@@ -186,8 +189,7 @@ impl LocalRds {
 
 impl Drop for LocalRds {
     fn drop(&mut self) {
-        drop(self.keeper.stdin.take());
-        let _ = self.keeper.wait();
+        self.stop();
     }
 }
 
@@ -262,6 +264,32 @@ impl LocalRds {
             self.port, 0x5eed
         )
     }
+}
+
+/// Starts the script that runs the server of this folder on this port.
+fn keeper(home: &Home, port: u16) -> Result<Child> {
+    let mut keeper = Command::new("/bin/sh");
+    keeper.arg("-c").arg(KEEPER).arg("local-rds");
+    keeper
+        .arg(&home.bin)
+        .arg(&home.folder)
+        .arg(port.to_string())
+        .arg(ADMIN);
+    // Our environment may have variables for a client, which the server would read.
+    keeper
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .env("LC_ALL", "C");
+    // In a process group of its own, the server does not get Ctrl-C from the terminal.
+    keeper.process_group(0).current_dir(&home.folder);
+    keeper
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    if let Some((uid, gid)) = home.user {
+        keeper.uid(uid).gid(gid);
+    }
+    keeper.spawn().context("starting /bin/sh")
 }
 
 /// A port that no other stand-in has, below those that systems give to clients: a client could take one of those

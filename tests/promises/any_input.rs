@@ -35,10 +35,12 @@ fn many(cases: u32) -> ProptestConfig {
     }
 }
 
-/// Text of any kind but a URL, which is refused. An environment has no place for NUL.
+/// Text of any kind but a URL or a connection string, which are refused. An environment has no place for NUL.
 fn text() -> impl Strategy<Value = String> {
     prop_oneof!["[^\0]{1,20}", r"[ '\\=%,&a-z]{1,12}", "[a-z]{1,8}"]
-        .prop_filter("a URL", |text| !text.contains("://"))
+        .prop_filter("may hold a secret", |text| {
+            !text.contains("://") && !text.contains("password=")
+        })
 }
 
 /// A word that is good for the keyword, or something else that is not, and may be the password.
@@ -53,7 +55,7 @@ fn keywords() -> impl Strategy<Value = BTreeMap<&'static str, String>> {
     };
     let lists = (1..4_usize).prop_flat_map(move |hosts| {
         (
-            list(&["a", "b.example", "größe", "x y", r"quo'te\", "/no/folder"])(hosts),
+            list(&["a", "b.example", "größe", r"quo'te\", "/no/folder"])(hosts),
             list(&["127.0.0.1", "127.1.2.3", "::1"])(hosts),
             prop::option::of(prop_oneof![
                 list(&["1", "2", "9"])(hosts),
@@ -331,7 +333,7 @@ fn roots_of(content: &[u8]) -> (usize, Run) {
     let path = file(content);
     let run = demo(&with(&RDS, &[("DB_CA_CERT", path.to_str().unwrap())]));
     let count = run.output.lines().find_map(|line| {
-        let (_, count) = line.strip_suffix(" found")?.rsplit_once("): ")?;
+        let (_, count) = line.strip_suffix(" found")?.rsplit_once(": ")?;
         count.parse().ok()
     });
     (count.unwrap_or(0), run)
@@ -358,7 +360,7 @@ proptest! {
         let (count, run) = roots_of(&file);
         prop_assert_eq!(run.code, Some(1), "{}", run.output);
         if count == 0 {
-            prop_assert!(run.error().contains("(DB_CA_CERT="), "{}", run.output);
+            prop_assert!(run.error().contains("root certificates"), "{}", run.output);
         } else {
             prop_assert!(run.error().contains("invalid peer certificate"), "{}", run.output);
             prop_assert!(count <= sequences(&file), "{}", run.output);

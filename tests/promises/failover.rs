@@ -4,7 +4,8 @@
 use crate::support::{Var, admin, builder, changed, demo, eventually, file, with};
 use local_rds::{ENDPOINT, LocalRds};
 
-fn hosts(of: &[&LocalRds], change: &[(&str, &str)]) -> Vec<Var> {
+/// The variables that lead to these servers, with `change` on top.
+pub fn hosts(of: &[&LocalRds], change: &[(&str, &str)]) -> Vec<Var> {
     let list = |entry: &dyn Fn(&LocalRds) -> String| {
         of.iter()
             .map(|rds| entry(rds))

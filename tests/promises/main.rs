@@ -3,13 +3,17 @@
 mod any_input;
 mod bad_input;
 mod broken_servers;
+mod dns;
 mod failover;
 mod goodbye;
 mod man_in_the_middle;
+mod pool;
 mod readme;
 mod roots;
 mod round_trips;
 mod settings;
 mod soak;
 mod support;
+mod tables;
+mod taken;
 mod tls;

@@ -6,63 +6,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 
-use crate::broken_servers::{Fault::Silence, Point::Query, server};
 use crate::round_trips::STOCK_ROUND_TRIPS;
-use crate::support::fake::{Fake, black_hole, only_says, own_tls, silence};
-use crate::support::{
-    KEYWORDS, RDS, Run, admin, at, builder, demo, file, run_of, then_the_good_one, vars, with,
-};
-use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, PASSWORD, ServerCertificate};
-use rcgen::{
-    BasicConstraints, CertificateParams, IsCa, KeyPair, PKCS_ECDSA_P384_SHA384, SigningKey,
-};
+use crate::support::admin;
+use crate::support::page::{PROJECT, between, environment, readme};
+use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, PASSWORD};
 use regex::Regex;
 use tempfile::TempDir;
-use x509_cert::certificate::{Certificate, Version};
-use x509_cert::der::asn1::BitString;
-use x509_cert::der::pem::LineEnding;
-use x509_cert::der::{Decode, Encode, EncodePem};
-
-const PROJECT: &str = env!("CARGO_MANIFEST_DIR");
-
-/// Where Cargo builds, so that what the README runs need not be built anew.
-fn target() -> &'static Path {
-    Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap()
-}
-
-/// Of our environment what a shell of the README has: what Cargo tells the tests of their package would
-/// make it build ring anew.
-fn environment() -> BTreeMap<String, String> {
-    let inherited = [
-        "PATH",
-        "HOME",
-        "CARGO_HOME",
-        "RUSTUP_HOME",
-        "LOCAL_RDS_BIN",
-        "TMPDIR",
-    ];
-    let ours = std::env::vars().filter(|(name, _)| inherited.contains(&name.as_str()));
-    let target = target().to_str().unwrap().to_owned();
-    ours.chain([("CARGO_TARGET_DIR".to_owned(), target)])
-        .collect()
-}
-
-fn readme() -> String {
-    fs::read_to_string("README.md").unwrap()
-}
-
-/// The part under a heading, up to the next of its kind.
-fn section(heading: &str) -> String {
-    let readme = readme();
-    let start = readme
-        .find(&format!("\n## {heading}\n"))
-        .unwrap_or_else(|| panic!("no {heading}"));
-    let rest = &readme[start + 4..];
-    rest[..rest.find("\n## ").unwrap_or(rest.len())].to_owned()
-}
 
 /// A command of the README, and where it stands.
 struct Scenario {
@@ -90,11 +42,11 @@ fn scenarios() -> Vec<Scenario> {
         }
         if let Some(state) = line.strip_prefix("```sh test: ") {
             let command: Vec<_> = block(nth + 1).collect();
+            // Its output is the next block, if that comes without a word between.
             let after = nth + 2 + command.len();
-            let output = if lines[after] == "```text" {
-                block(after + 1).collect()
-            } else {
-                vec![]
+            let output = match lines[after..] {
+                ["", "```text", ..] => block(after + 2).collect(),
+                _ => vec![],
             };
             scenarios.push(Scenario {
                 line: nth + 2,
@@ -108,17 +60,14 @@ fn scenarios() -> Vec<Scenario> {
     scenarios
 }
 
-/// What is left without Cargo's own lines, and when what depends on the server may be any.
+/// What is left without Cargo's own lines, where ports and addresses may be any.
 fn masked(output: &str) -> String {
     let mut text = output.trim_end().to_owned();
     for (any, mask) in [
         (r"(?m)^ *(Blocking|Compiling|Finished|Running) .*\n?", ""),
         (r"(?m)^Password: ?", ""),
-        (r"(hostaddr|port): \[[^\]]*\]", "$1: []"),
         (r"\.com:\d+", ".com:PORT"),
         (r"\d+\.\d+\.\d+\.\d+(:\d+)?", "ADDRESS"),
-        // From PostgreSQL 17 on there is an answer to ALPN.
-        (r"(ALPN protocol is|encrypted extensions:) .*", "$1"),
     ] {
         text = Regex::new(any)
             .unwrap()
@@ -128,9 +77,16 @@ fn masked(output: &str) -> String {
     text.trim_end().to_owned()
 }
 
-/// The servers that the scenarios are for, all of one authority.
+/// Whether this is the output that the page shows, where "…" stands for the rest or a part of a line.
+fn is_as_shown(printed: &str, shown: &str) -> bool {
+    let shown = regex::escape(shown).replace('…', ".*");
+    Regex::new(&format!("^{shown}$")).unwrap().is_match(printed)
+}
+
+/// The servers that the scenarios are for.
 struct World {
     folder: TempDir,
+    express: LocalRds,
     forced: LocalRds,
     writer: LocalRds,
     reader: LocalRds,
@@ -150,8 +106,10 @@ impl World {
         let certificate = authority.issue(ENDPOINT, |leaf| leaf.subject_alt_names = names);
         let writer = server(&certificate.unwrap()).start().unwrap();
         let reader = writer.standby().unwrap();
+        let token = forced.iam_token();
+        let (express, other_root) = express(&token);
 
-        // The project, but for one of the roots, whose place our authority's takes.
+        // The project, but for one root of each file, whose place the authority of the servers takes.
         let folder = TempDir::new().unwrap();
         for name in [
             "Cargo.toml",
@@ -163,11 +121,15 @@ impl World {
         ] {
             symlink(Path::new(PROJECT).join(name), folder.path().join(name)).unwrap();
         }
-        let roots = fs::read_to_string("ca-certificates/global-bundle.pem").unwrap();
-        let (others, _) = roots.rsplit_once("-----BEGIN CERTIFICATE-----\n").unwrap();
         fs::create_dir(folder.path().join("ca-certificates")).unwrap();
-        let bundle = folder.path().join("ca-certificates/global-bundle.pem");
-        fs::write(bundle, format!("{others}{}", authority.root())).unwrap();
+        for (name, root) in [
+            ("ca-certificates/global-bundle.pem", authority.root()),
+            ("ca-certificates/amazon-trust-services.pem", &other_root),
+        ] {
+            let roots = fs::read_to_string(name).unwrap();
+            let (others, _) = roots.rsplit_once("-----BEGIN CERTIFICATE-----\n").unwrap();
+            fs::write(folder.path().join(name), format!("{others}{root}")).unwrap();
+        }
 
         // Stand-ins for the AWS command line, the instance's name in DNS and a terminal, for what is
         // asked of them and nothing else.
@@ -179,18 +141,26 @@ impl World {
         let only = |name: &str, args: &str, output: &str| {
             script(name, &format!("test \"$*\" = '{args}' && echo '{output}'"));
         };
-        let token = "rds generate-db-auth-token --hostname";
-        let account = format!("--port 5432 --region ca-central-1 --username {IAM_USER}");
-        only(
-            "aws",
-            &format!("{token} {ENDPOINT} {account}"),
-            &forced.iam_token(),
+        let arguments = |host: &str, user: &str| {
+            format!(
+                "rds generate-db-auth-token --hostname {host} --port 5432 --region ca-central-1 \
+                 --username {user}"
+            )
+        };
+        let [instance, cluster] = [(ENDPOINT, IAM_USER), (EXPRESS, "postgres")];
+        let [instance, cluster] = [instance, cluster].map(|(host, user)| arguments(host, user));
+        let asked = format!(
+            "case \"$*\" in '{instance}' | '{cluster}') echo '{token}' ;; *) exit 1 ;; esac"
         );
+        script("aws", &asked);
+        let psql = local_rds::psql().unwrap();
+        script("psql", &format!("exec '{}' \"$@\"", psql.display()));
         let host = format!("127.0.0.1 {ENDPOINT}");
         only("getent", &format!("hosts {ENDPOINT}"), &host);
         script("stty", "case \"$*\" in -echo | echo) ;; *) exit 1 ;; esac");
         Self {
             folder,
+            express,
             forced,
             writer,
             reader,
@@ -256,11 +226,20 @@ impl World {
             let mut env = if project { environment } else { &current.1 }.clone();
             let mut to = |addresses: &str, ports: String| {
                 env.insert("PG__HOSTADDR".to_owned(), addresses.to_owned());
-                env.insert("PG__PORT".to_owned(), ports);
+                env.insert("PGHOSTADDR".to_owned(), addresses.to_owned());
+                env.insert("PG__PORT".to_owned(), ports.clone());
+                env.insert("PGPORT".to_owned(), ports);
             };
             match state.as_str() {
                 "the project" | "variables" => {}
                 "rds.force_ssl=1" | "iam" => to("127.0.0.1", self.forced.port().to_string()),
+                "express" => to("127.0.0.1", self.express.port().to_string()),
+                "sql" => {
+                    // The master user of RDS may grant `rds_iam`, without being a superuser.
+                    let may = "ALTER ROLE postgres SUPERUSER; DROP ROLE iam_user";
+                    admin(&self.forced).batch_execute(may).unwrap();
+                    to("127.0.0.1", self.forced.port().to_string());
+                }
                 "cluster" => {
                     let ports = format!("{},{}", self.reader.port(), self.writer.port());
                     to("127.0.0.1,127.0.0.1", ports)
@@ -268,12 +247,23 @@ impl World {
                 other => panic!("README.md:{line}: no such state: {other}"),
             }
             let (printed, after) = self.run(&command, shell, project, &env);
-            assert_eq!(
-                masked(&printed),
-                masked(&output),
-                "README.md:{line} in {shell}: {command}"
+            let (printed, mut shown) = (masked(&printed), masked(&output));
+            if self.forced.version().unwrap() < 17 {
+                shown = shown.replace("Some(b\"postgresql\")", "None");
+            }
+            assert!(
+                is_as_shown(&printed, &shown),
+                "README.md:{line}, in {shell}: the page shows another output than this command has. \
+                 Correct the page or the program.\n{command}\n\nShown:\n{shown}\n\nPrinted:\n{printed}"
             );
             assert!(!printed.contains(PASSWORD));
+            if state == "sql" {
+                let token = self.forced.iam_token();
+                let rest = format!(
+                    "ALTER ROLE postgres NOSUPERUSER; ALTER ROLE iam_user PASSWORD '{token}'"
+                );
+                admin(&self.forced).batch_execute(&rest).unwrap();
+            }
             if !project {
                 current.1 = after;
             }
@@ -282,8 +272,26 @@ impl World {
             }
             count += 1;
         }
-        assert!(count >= 7, "only {count} of its commands have been found");
+        assert!(
+            count >= 9,
+            "only {count} commands found: does each block of the README begin with \"```sh test: …\"?"
+        );
     }
+}
+
+/// The endpoint of the cluster with express configuration.
+const EXPRESS: &str = "database-2.cluster-xq7f5vzbpq1x.ca-central-1.rds.amazonaws.com";
+
+/// A server with another authority, whose master user logs in with a token, and the root of that authority.
+fn express(token: &str) -> (LocalRds, String) {
+    let authority = Authority::new(KeyType::Ecc384).unwrap();
+    let certificate = authority.issue(EXPRESS, |_| {}).unwrap();
+    let builder = LocalRds::builder().certificate(&certificate, authority.root());
+    let rds = builder.password(token).start().unwrap();
+    admin(&rds)
+        .batch_execute("GRANT rds_iam TO postgres")
+        .unwrap();
+    (rds, authority.root().to_owned())
 }
 
 #[test]
@@ -298,331 +306,95 @@ fn its_commands_give_its_outputs_in_bash_and_in_dash() {
     }
 }
 
-/// The cells of a table's rows.
-fn table(section: &str) -> Vec<Vec<String>> {
-    let rows = section.lines().filter(|line| line.starts_with('|')).skip(2);
-    rows.map(|row| {
-        row.trim_matches('|')
-            .split(" | ")
-            .map(|cell| cell.trim().to_owned())
-            .collect()
-    })
-    .collect()
-}
-
-/// What is in backticks.
-fn quoted(cell: &str) -> Vec<&str> {
-    cell.split('`').skip(1).step_by(2).collect()
-}
-
+/// Mermaid draws nothing at all if it cannot read one line.
 #[test]
-fn its_table_of_settings_has_all_that_are_accepted_with_values_that_are() {
-    let mut listed = BTreeSet::new();
-    for row in table(&section("Settings")) {
-        let name = quoted(&row[0])[0].to_owned();
-        for value in quoted(&row[1])
-            .into_iter()
-            .filter(|v| !v.starts_with("PG.") && *v != "DB_CA_CERT")
-        {
-            let mut all = BTreeMap::from([
-                ("PG.HOST", "localhost"),
-                ("PG.PORT", "1"),
-                ("DB_CA_CERT", "ca-certificates/global-bundle.pem"),
-            ]);
-            all.insert(&name, value);
-            let run = demo(&vars(all));
-            for refusal in ["unknown option", "invalid value for option", "is empty"] {
-                assert!(
-                    !run.error().contains(refusal),
-                    "{name}={value}: {}",
-                    run.error()
-                );
-            }
-        }
-        listed.insert(name);
-    }
-    assert!(listed.len() >= 9, "{listed:?}");
-    let ours = KEYWORDS.map(|(keyword, _)| format!("PG.{}", keyword.to_uppercase()));
-    let known = |name: &String| ours.contains(name) || name == "DB_CA_CERT" || name == "RUST_LOG";
-    assert!(listed.iter().all(known), "{listed:?}");
-}
-
-/// Servers with certificates that are not like those of RDS, as people make them with openssl: one of
-/// X.509 v1, and one that is its own authority.
-fn not_rds() -> [LocalRds; 2] {
-    let key = KeyPair::generate_for(&PKCS_ECDSA_P384_SHA384).unwrap();
-    let mut own = CertificateParams::new([ENDPOINT.to_owned()]).unwrap();
-    own.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let own = own.self_signed(&key).unwrap();
-
-    // rcgen makes v3 only. In v1 there is neither a version nor an extension.
-    let mut v1 = Certificate::from_der(own.der()).unwrap();
-    v1.tbs_certificate.version = Version::V1;
-    v1.tbs_certificate.extensions = None;
-    let signature = key.sign(&v1.tbs_certificate.to_der().unwrap()).unwrap();
-    v1.signature = BitString::from_bytes(&signature).unwrap();
-
-    [v1.to_pem(LineEnding::LF).unwrap(), own.pem()].map(|leaf| {
-        let certificate = ServerCertificate {
-            leaf,
-            subordinate: String::new(),
-            key: key.serialize_pem(),
-        };
-        let builder = LocalRds::builder().certificate(&certificate, &own.pem());
-        builder.start().unwrap()
-    })
-}
-
-/// The log-in at a server that asks PAM about its users, as RDS does about those with IAM tokens. None if PostgreSQL
-/// is built without PAM.
-fn pam(iam: &[(&str, &str)]) -> Option<Run> {
-    let hba = file(format!(
-        "local all all trust\nhostssl all {IAM_USER} 127.0.0.1/32 pam\n"
-    ));
-    fs::set_permissions(&hba, fs::Permissions::from_mode(0o644)).unwrap();
-    let builder = builder().setting("hba_file", hba.to_str().unwrap());
-    match builder.start() {
-        Err(error) if error.to_string().contains("\"pam\": not supported") => {
-            eprintln!("this PostgreSQL is built without PAM: its refusal is not tested");
-            None
-        }
-        rds => Some(demo(&with(&rds.unwrap(), iam))),
-    }
-}
-
-/// The words of the one error that not every PostgreSQL can provoke.
-const PAM: &str = "PAM authentication failed for user";
-
-/// Runs that end in the errors of the table, by the words that it knows them by.
-fn provoked() -> BTreeMap<&'static str, Run> {
-    let of = |change: &[(&str, &str)]| demo(&with(&RDS, change));
-    let at = |port: u16, change: &[(&str, &str)]| {
-        let limit = [("PG.CONNECT_TIMEOUT", "1")];
-        at(port, &RDS, &[&limit, change].concat())
-    };
-    let (hole, ..) = &black_hole();
-    let silent = Fake::new(silence);
-    let no_tls = only_says(b"N");
-    let authority = Authority::new(KeyType::Ecc384).unwrap();
-    let yesterday = time::OffsetDateTime::now_utc() - time::Duration::DAY;
-    let expired = authority.issue(ENDPOINT, |leaf| leaf.not_after = yesterday);
-    let expired = expired.unwrap();
-    let expired = LocalRds::builder().certificate(&expired, authority.root());
-    let expired = expired.start().unwrap();
-    let iam = [("PG.USER", IAM_USER), ("PG.PASSWORD", &RDS.iam_token())];
-    let [v1, own] = not_rds().map(|rds| demo(&with(&rds, &[])));
-    let mut provoked = BTreeMap::from([
-        ("connection timed out", at(*hole, &[])),
-        ("no answer within", at(silent.port, &[])),
-        (
-            "failed to lookup address information",
-            of(&[("PG.HOST", "gone.invalid:5432"), ("PG.HOSTADDR", "")]),
-        ),
-        ("Connection refused", at(1, &[])),
-        ("PG.HOST, which is not set", demo(&[])),
-        ("unknown option", of(&[("PG.PASWORD", "x")])),
-        ("invalid value for option", of(&[("PG.PORT", "x")])),
-        ("no pg_hba.conf entry", of(&[("DB_CA_CERT", "")])),
-        ("root certificates", of(&[("DB_CA_CERT", "/nonexistent")])),
-        (
-            "UnknownIssuer",
-            of(&[("DB_CA_CERT", "ca-certificates/global-bundle.pem")]),
-        ),
-        (
-            "certificate not valid for name",
-            of(&[("PG.HOST", "db.example.com")]),
-        ),
-        (
-            "invalid dns name",
-            of(&[("PG.HOST", "database-1.example:5432")]),
-        ),
-        ("certificate expired", demo(&with(&expired, &[]))),
-        ("UnsupportedCertVersion", v1),
-        ("CaUsedAsEndEntity", own),
-        ("server does not support TLS", at(no_tls.port, &[])),
-        (
-            "password authentication failed",
-            of(&[("PG.PASSWORD", "not the password")]),
-        ),
-        (
-            "server did not use channel binding",
-            of(&[iam.as_slice(), &[("PG.CHANNEL_BINDING", "require")]].concat()),
-        ),
-        (
-            "database does not allow writes",
-            of(&[
-                ("PG.TARGET_SESSION_ATTRS", "read-write"),
-                ("PG.OPTIONS", "-c default_transaction_read_only=on"),
-            ]),
-        ),
-    ]);
-    provoked.extend(pam(&iam).map(|run| (PAM, run)));
-    provoked
-}
-
-#[test]
-fn its_table_of_errors_has_the_words_of_errors_that_happen() {
-    let mut provoked = provoked();
-    let without_pam = !provoked.contains_key(PAM);
-    let rows = table(&section("When it does not work"));
-    assert!(rows.len() <= 20);
-    for row in &rows {
-        let words = quoted(&row[0]);
-        if words == [PAM] && without_pam {
-            continue;
-        }
-        let run = provoked
-            .remove(words[0])
-            .unwrap_or_else(|| panic!("{} is not provoked here", row[0]));
-        match row[0].contains('…') {
-            true => run.failed(&words),
-            // Either of them.
-            false => {
-                run.failed(&words[..1]);
-                for word in &words[1..] {
-                    provoked.remove(word).unwrap().failed(&[word]);
-                }
-            }
-        }
+fn its_diagram_can_be_drawn_and_has_as_many_round_trips_as_are_counted() {
+    let readme = readme();
+    let diagram = between(&readme, "```mermaid\nsequenceDiagram\n", "```");
+    let line_of = |line: &str| 1 + readme.lines().position(|other| other == line).unwrap();
+    let form =
+        r"^    (Program->>PostgreSQL|PostgreSQL-->>Program|Note over Program,PostgreSQL): [^;#]+$";
+    let form = Regex::new(form).unwrap();
+    for line in diagram.lines() {
         assert!(
-            row.len() == 3 && row.iter().all(|cell| !cell.is_empty()),
-            "{row:?}"
+            form.is_match(line),
+            "README.md:{}: not an arrow or a note, or with `;` or `#`, at which Mermaid ends: {line}",
+            line_of(line)
+        );
+        let widest = line
+            .split(": ")
+            .nth(1)
+            .unwrap()
+            .split("<br/>")
+            .map(str::len)
+            .max();
+        assert!(
+            widest < Some(70),
+            "README.md:{}: wider than its box, put a <br/> into it",
+            line_of(line)
         );
     }
-    assert!(
-        provoked.is_empty(),
-        "not in the table: {:?}",
-        provoked.keys()
-    );
-}
-
-#[test]
-fn its_trick_is_in_the_program_word_for_word() {
-    let readme = readme();
-    let code = between(&readme, "```rust\n", "```");
-    let program = fs::read_to_string("src/main.rs").unwrap();
-    assert!(code.lines().count() > 3 && program.contains(code), "{code}");
-}
-
-#[test]
-fn its_diagram_has_as_many_round_trips_as_are_counted() {
-    let readme = readme();
-    let diagram = between(&readme, "```mermaid\n", "```");
     let asked: Vec<_> = diagram
         .lines()
         .filter(|line| line.contains("->>PostgreSQL:"))
         .collect();
-    assert_eq!(asked.len(), STOCK_ROUND_TRIPS, "{diagram}");
+    let trips = STOCK_ROUND_TRIPS;
+    assert_eq!(
+        asked.len(),
+        trips,
+        "round trips are counted, and these are drawn:\n{diagram}"
+    );
     for (nth, line) in asked.iter().enumerate() {
+        let number = format!("PostgreSQL: {}. ", nth + 1);
         assert!(
-            line.contains(&format!("PostgreSQL: {}. ", nth + 1)),
-            "{line}"
+            line.contains(&number),
+            "README.md:{}: should be {number}",
+            line_of(line)
         );
     }
-    assert_eq!(diagram.matches("-->>Program:").count(), STOCK_ROUND_TRIPS);
-    assert!(readme.contains("A run takes seven round trips"));
-}
-
-#[test]
-fn its_sql_makes_the_user_for_iam_tokens() {
-    let section = section("IAM tokens");
-    let sql = between(&section, "`CREATE USER", "`");
-    let run = format!("BEGIN; DROP ROLE {IAM_USER}; CREATE USER{sql} ROLLBACK;");
-    admin(&RDS).batch_execute(&run).unwrap();
-}
-
-/// What stands after the first `start`, up to the next `end`.
-fn between<'a>(text: &'a str, start: &str, end: &str) -> &'a str {
-    let (_, rest) = text.split_once(start).unwrap();
-    rest.split_once(end).unwrap().0
-}
-
-/// A new project with this code and what the README says to copy from `Cargo.toml`, and nothing else.
-fn new_project(name: &str, main: &str, more_dependencies: &str) -> PathBuf {
-    let ours = fs::read_to_string("Cargo.toml").unwrap();
-    let table = |name: &str| between(&(ours.clone() + "\n"), name, "\n\n").to_owned();
-    let manifest = format!(
-        "[package]\nname = \"{name}\"\nedition = \"2024\"\n\n[workspace]\n\n\
-         [dependencies]{}\n{more_dependencies}\n\n[profile.dev]{}\n\n[profile.dev.package]{}\n",
-        table("\n[dependencies]"),
-        table("\n[profile.dev]"),
-        table("\n[profile.dev.package]"),
+    assert_eq!(diagram.matches("-->>Program:").count(), trips);
+    let sentence = "A run takes seven round trips with TLS 1.3, and eight with TLS 1.2";
+    assert!(
+        readme.contains(sentence),
+        "no sentence {sentence:?}, which tests/promises/round_trips.rs counts"
     );
-    let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    fs::create_dir_all(project.join("src")).unwrap();
-    fs::write(project.join("src/main.rs"), main).unwrap();
-    fs::write(project.join("Cargo.toml"), &manifest).unwrap();
-    fs::copy("Cargo.lock", project.join("Cargo.lock")).unwrap();
-    let built = std::process::Command::new(env!("CARGO"))
-        .args(["rustc", "-q", "--offline", "--", "-D", "warnings"])
-        .current_dir(&project)
-        .env_clear()
-        .envs(environment())
-        .output()
-        .unwrap();
-    let errors = String::from_utf8_lossy(&built.stderr);
-    assert!(built.status.success(), "{manifest}\n{errors}");
-    target().join("debug").join(name)
+}
+
+/// Prose is all but code.
+#[test]
+fn it_is_no_longer_than_people_read() {
+    let readme = readme();
+    let prose = readme.split("```").step_by(2);
+    let words = prose
+        .map(|prose| prose.split_whitespace().count())
+        .sum::<usize>();
+    assert!(
+        words <= 2600,
+        "{words} words of prose: 2600 is the most, take some out"
+    );
 }
 
 #[test]
-fn a_copy_of_the_program_connects_over_tls_and_ends_on_a_silent_server() {
-    let copy = new_project("copied", &fs::read_to_string("src/main.rs").unwrap(), "");
-    run_of(&copy, &with(&RDS, &[])).succeeded();
-    let silent = Fake::new(silence).port.to_string();
-    let silent = [("PG.PORT", &*silent), ("PG.CONNECT_TIMEOUT", "1")];
-    run_of(&copy, &with(&RDS, &silent)).failed(&[ENDPOINT, "no answer within 2s"]);
-}
-
-#[test]
-fn its_pool_connects_over_tls_reaches_the_second_host_and_ends_on_a_silent_server() {
-    let readme = section("Take it into your project");
-    let program = fs::read_to_string("src/main.rs").unwrap();
-    let function = |start: &str| format!("{start}{}\n}}\n", between(&program, start, "\n}\n"));
-    let ask = function("/// Connects, queries");
-    let (_, below_ask) = program.split_once(&ask).unwrap();
-    let code = [
-        between(&readme, "```rust\n", "```"),
-        &function("/// TLS that trusts"),
-        below_ask,
-    ]
-    .join("\n");
-    let pool = new_project("pool", &code, "deadpool-postgres = \"0.14\"");
-
-    let answer = "PostgreSQL 1";
-    let (hole, ..) = &black_hole();
-    for vars in [
-        with(&RDS, &[]),
-        then_the_good_one(ENDPOINT, 1, "1"),
-        then_the_good_one(ENDPOINT, *hole, "1"),
-    ] {
-        let run = run_of(&pool, &vars);
+fn blank_lines_are_around_its_headings_code_and_tables() {
+    let readme = readme();
+    let lines: Vec<&str> = readme.lines().collect();
+    let mut in_code = false;
+    for (nth, pair) in lines.windows(2).enumerate() {
+        let [line, next] = pair else { unreachable!() };
+        let opens = next.starts_with("```") && !in_code;
+        let closes = line.starts_with("```") && in_code;
+        let heading = |line: &str| line.starts_with('#') && !in_code;
+        let table = |line: &str| line.starts_with('|') && !in_code;
+        let edge = opens || closes || heading(line) || heading(next) || table(line) != table(next);
         assert!(
-            run.code == Some(0) && run.output.contains(answer),
-            "{run:?}"
+            !edge || line.is_empty() || next.is_empty(),
+            "README.md:{}: put a blank line below {line:?}",
+            nth + 1
         );
+        if line.starts_with("```") {
+            in_code = !in_code;
+        }
     }
-    let failing = |change: &[(&str, &str)], words: &[&str]| {
-        let limit = [("PG.CONNECT_TIMEOUT", "1")];
-        run_of(&pool, &with(&RDS, &[&limit, change].concat())).failed(words);
-    };
-    let silent = Fake::new(silence).port.to_string();
-    failing(
-        &[("PG.PORT", &silent)],
-        &[ENDPOINT, &silent, "Timeout occurred while creating"],
-    );
-    failing(&[("PG.PORT", "1")], &[ENDPOINT, "Connection refused"]);
-    failing(
-        &[("DB_CA_CERT", "/nonexistent")],
-        &["DB_CA_CERT=/nonexistent", "No such file"],
-    );
-    failing(&[("DB_CA_CERT", "")], &["DB_CA_CERT is not set"]);
-
-    let (acceptor, roots) = own_tls();
-    let fake = Fake::new(move |wire| server(wire, Some(acceptor.clone()), Query, Silence));
-    let port = fake.port.to_string();
-    let change = [("PG.PORT", &*port), ("DB_CA_CERT", roots.to_str().unwrap())];
-    failing(&change, &["no answer from", ENDPOINT, "within 2s"]);
 }
 
 #[test]

@@ -59,7 +59,7 @@ fn all_of_the_bundle_is_loaded_and_no_more() {
         let run = demo(&with(&RDS, &[("DB_CA_CERT", file)]));
         assert!(
             run.output
-                .contains(&format!("(DB_CA_CERT={file}): {count} found\n")),
+                .contains(&format!("certificates from {file}: {count} found\n")),
             "{}",
             run.output
         );

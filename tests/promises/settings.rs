@@ -133,16 +133,35 @@ fn settings_that_contradict_each_other_are_refused() {
 }
 
 #[test]
-fn a_url_is_refused_and_not_shown() {
-    let url = "postgres://postgres:hunter2@localhost/postgres";
-    for name in ["DB_CA_CERT", "PG.USER", "PG.DBNAME", "PG__HOST", "pg.host"] {
-        let run = nowhere(&[("PG.HOST", ""), (name, url)]);
-        run.failed(&[&format!("{name} must not be a URL")]);
+fn a_value_that_seems_to_hold_a_secret_is_refused_and_not_shown() {
+    let refused = |name: &str, value: &str, why: &str| {
+        let run = nowhere(&[("PG.HOST", ""), (name, value)]);
+        run.failed(&[&format!("{name} must be {why}")]);
         assert!(!run.output.contains("hunter2"), "{}", run.output);
+    };
+    for name in ["DB_CA_CERT", "PG.USER", "PG.DBNAME", "PG__HOST", "pg.host"] {
+        let url = "postgres://postgres:hunter2@localhost/postgres";
+        refused(name, url, "one value, not a URL");
+        let pairs = "host=localhost password=hunter2";
+        refused(name, pairs, "one value, not a connection string");
     }
-    let run = nowhere(&[("PG.HOST", "postgres:hunter2@localhost")]);
-    run.failed(&["PG.HOST must not be a URL"]);
-    assert!(!run.output.contains("hunter2"), "{}", run.output);
+    for host in [
+        "postgres:hunter2@localhost",
+        "hunter2=",
+        "localhost hunter2",
+        "localhost\thunter2",
+        "localhost\nhunter2",
+    ] {
+        refused("PG.HOST", host, "a host name");
+    }
+    let key = "-----BEGIN PRIVATE KEY-----\nhunter2\n-----END PRIVATE KEY-----\n";
+    for pem in [key.to_owned(), key.replace('\n', " "), format!("# {key}")] {
+        refused("DB_CA_CERT", &pem, "a path, not PEM text");
+    }
+    // All of these may be a password.
+    for value in ["://@ =", "password=", key] {
+        nowhere(&[("PG.PASSWORD", value)]).failed(&["Connection refused"]);
+    }
 }
 
 #[test]
@@ -178,6 +197,12 @@ fn nothing_else_in_the_environment_matters() {
         &RDS,
         &[
             ("PG", "x"),
+            ("PG[0]", "x"),
+            ("PG[", "x"),
+            ("DB_CA_CERT.X", "x"),
+            ("DB_CA_CERT[0]", "x"),
+            ("A.B", "x"),
+            ("A", "x"),
             ("PGHOST", "x"),
             ("PG_PORT", "x"),
             ("HOST", "x"),
@@ -264,17 +289,28 @@ fn an_unknown_keyword_is_named() {
     for (name, keyword) in [
         ("PG.PASWORD", "unknown option `pasword`"),
         ("PG__PASWORD", "unknown option `pasword`"),
-        ("pg.ssl-mode", "unknown option `ssl-mode`"),
-        ("PG.", "unknown field `pg.`"),
-        ("PG__", "unknown field `pg.`"),
-        ("PG.HOST X", "unknown field `pg.host x`"),
-        ("PG.postgres://", "unknown field `pg.postgres://`"),
-        ("PG.USER[0]", "`pg.user`"),
-        ("PG.A.B", "`pg.a`"),
+        ("pg.ssl-mode", "pg.ssl-mode must be PG.<KEYWORD>"),
+        ("PG.", "PG. must be PG.<KEYWORD>"),
+        ("PG__", "PG__ must be PG.<KEYWORD>"),
+        ("PG.HOST X", "PG.HOST X must be PG.<KEYWORD>"),
+        ("PG.postgres://", "PG.postgres:// must be PG.<KEYWORD>"),
+        ("PG.USER[0]", "PG.USER[0] must be PG.<KEYWORD>"),
+        ("PG.A.B", "PG.A.B must be PG.<KEYWORD>"),
+        ("PG__A__B", "unknown option `a__b`"),
     ] {
         let run = nowhere(&[(name, "a secret in the wrong place")]);
         run.failed(&["reading PG.* and DB_CA_CERT", keyword]);
         assert!(!run.output.contains("secret"), "{}", run.output);
+    }
+}
+
+#[test]
+fn a_name_with_a_dot_or_bracket_too_many_is_refused_each_time() {
+    for name in ["PG.PASSWORD.X", "PG__PASSWORD.X", "PG.PASSWORD[0]"] {
+        for _ in 0..10 {
+            let run = nowhere(&[(name, "a secret in the wrong place")]);
+            run.failed(&[&format!("{name} must be PG.<KEYWORD>")]);
+        }
     }
 }
 

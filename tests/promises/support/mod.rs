@@ -1,6 +1,7 @@
 //! The program as a process, and what holds for every run of it.
 
 pub mod fake;
+pub mod page;
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
@@ -146,11 +147,12 @@ pub fn run_of(program: &Path, vars: &[Var]) -> Run {
 
 /// Runs it with those of `rds`, but to this port, and with `change` on top.
 pub fn at(port: u16, rds: &LocalRds, change: &[(&str, &str)]) -> Run {
-    let port = port.to_string();
-    demo(&with(
-        rds,
-        &[&[("PG.PORT", port.as_str())], change].concat(),
-    ))
+    demo(&changed(at_port(port, rds), change))
+}
+
+/// Those of `rds`, but to this port.
+pub fn at_port(port: u16, rds: &LocalRds) -> Vec<Var> {
+    with(rds, &[("PG.PORT", &port.to_string())])
 }
 
 /// To this host first, and then to [`RDS`].

@@ -1,0 +1,53 @@
+//! A look-up of the host's name that gets no answer ends at the limit, and so does the process.
+
+use std::process::Command;
+use std::thread::spawn;
+use std::time::{Duration, Instant};
+
+use crate::support::{PROGRAM, file};
+
+/// The program in a network of its own, whose two DNS servers never answer: their addresses lead nowhere.
+const SILENT: &str = "
+ip link set lo up && ip route add 192.0.2.0/24 dev lo && mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"";
+
+/// How long this takes to fail, and its error. None where the system does not let it make a network.
+fn timed(command: &[&str]) -> Option<(Duration, String)> {
+    let resolvers =
+        file("nameserver 192.0.2.1\nnameserver 192.0.2.2\noptions timeout:2 attempts:1\n");
+    let run = |command: &[&str]| {
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--user", "--map-root-user", "--net", "--mount"]);
+        unshare
+            .args(["sh", "-c", SILENT])
+            .arg(&resolvers)
+            .args(command);
+        unshare.env_remove("RUST_BACKTRACE").output()
+    };
+    if !run(&["true"]).is_ok_and(|output| output.status.success()) {
+        eprintln!(
+            "no network of our own, with `unshare` and `ip`: DNS that never answers is not tested"
+        );
+        return None;
+    }
+    let start = Instant::now();
+    let output = run(command).unwrap();
+    let time = start.elapsed();
+    assert!(!output.status.success(), "{output:?}");
+    Some((time, String::from_utf8(output.stderr).unwrap()))
+}
+
+#[test]
+fn dns_that_never_answers_ends_at_the_limit_and_the_process_is_gone_then() {
+    let resolver = spawn(|| timed(&["getent", "hosts", "db.example"]));
+    let variables = ["PG.HOST=db.example", "PG.CONNECT_TIMEOUT=1"];
+    let Some((program, error)) = timed(&["env", variables[0], variables[1], PROGRAM]) else {
+        return;
+    };
+    let expected = "connecting to db.example:5432: no answer within 2s";
+    assert!(error.contains(expected), "{error}");
+    let (resolver, _) = resolver.join().unwrap().unwrap();
+    assert!(
+        program < resolver,
+        "{program:?}, and the resolver gives up after {resolver:?}"
+    );
+}

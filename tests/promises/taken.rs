@@ -1,0 +1,178 @@
+//! What people take from the program, as the README says and without a change, keeps its promises in a project of
+//! their own.
+//!
+//! | taken              | and then                                                                        |
+//! |--------------------|---------------------------------------------------------------------------------|
+//! | the whole program  | a setting is added; a transaction and several queries are written into `query` |
+//! | `require_tls`      | a `Config` from a connection string that says nothing of `sslmode`              |
+//! | the README's pool  | see [`super::pool`]                                                             |
+
+use std::fs;
+
+use crate::support::fake::{CLEARTEXT_PASSWORD, Fake, SSL_REQUEST, silence, startup};
+use crate::support::page::{between, new_project, section, take};
+use crate::support::{PLAIN, RDS, Run, admin, run_of, vars, with};
+use local_rds::{ENDPOINT, PASSWORD};
+use tokio::io::AsyncWriteExt;
+
+fn program() -> String {
+    fs::read_to_string("src/main.rs").unwrap()
+}
+
+/// This text with one part of it, which is there once, replaced.
+#[track_caller]
+fn replaced(text: &str, part: &str, by: &str) -> String {
+    assert_eq!(text.matches(part).count(), 1, "{part}");
+    text.replace(part, by)
+}
+
+#[test]
+fn the_whole_program_connects_over_tls_and_ends_on_a_silent_server() {
+    let copy = new_project("copied", &program(), "");
+    run_of(&copy, &with(&RDS, &[])).succeeded();
+    let silent = Fake::new(silence).port.to_string();
+    let silent = [("PG.PORT", &*silent), ("PG.CONNECT_TIMEOUT", "1")];
+    run_of(&copy, &with(&RDS, &silent)).failed(&[ENDPOINT, "no answer within 2s"]);
+}
+
+/// What people write into `query`: several statements, a transaction, parameters, rows, and `?`.
+const QUERY: &str = r#"
+async fn query(mut client: Client) -> Result<Vec<(i32, String)>, tokio_postgres::Error> {
+    client.batch_execute("CREATE TEMPORARY TABLE t (id int, name text); SET work_mem = '8MB'").await?;
+    let names = [(1, String::from("one")), (2, "two".into()), (3, "three".into())];
+    let transaction = client.transaction().await?;
+    for (id, name) in &names {
+        transaction.execute("INSERT INTO t VALUES ($1, $2)", &[id, name]).await?;
+    }
+    transaction.commit().await?;
+    let rolled_back = client.transaction().await?;
+    rolled_back.execute("DELETE FROM t", &[]).await?;
+    drop(rolled_back);
+    let select = client.prepare("SELECT id, name FROM t WHERE id < $1 ORDER BY id").await?;
+    let rows = client.query(&select, &[&3]).await?;
+    client.query_one("SELECT pg_sleep($1)", &[&sleep()]).await?;
+    rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
+}
+
+fn sleep() -> f64 {
+    env::var("SLEEP").map_or(0.0, |seconds| seconds.parse().unwrap())
+}
+"#;
+
+#[test]
+fn query_takes_a_transaction_and_several_queries_and_settings_take_a_field() {
+    let ours = program();
+    let before = take(&ours, "query");
+    let program = replaced(&ours, &before, QUERY);
+    let field = "    table: Option<String>,\n}\n\nimpl Settings";
+    let program = replaced(&program, "}\n\nimpl Settings", field);
+    let log = r#"debug!("{settings:?}");"#;
+    let shown = format!(r#"{log} info!("table: {{:?}}", settings.table);"#);
+    let program = replaced(&program, log, &shown);
+    let copy = new_project("query", &program, "");
+    let run = |change: &[(&str, &str)]| run_of(&copy, &with(&RDS, change));
+
+    let answer = |run: Run| {
+        assert_eq!(run.code, Some(0), "{}", run.output);
+        assert!(
+            run.output.contains(r#"[(1, "one"), (2, "two")]"#),
+            "{}",
+            run.output
+        );
+        run.output
+    };
+    assert!(answer(run(&[])).contains("table: None"));
+    assert!(answer(run(&[("TABLE", "orders")])).contains(r#"table: Some("orders")"#));
+
+    // All around it is as before: the limit, and the reason why a connection was closed.
+    let slow = [("PG.CONNECT_TIMEOUT", "1"), ("SLEEP", "60")];
+    let querying = format!("Error: querying {ENDPOINT}:{}", RDS.port());
+    run(&slow).failed(&[&querying, "no answer within 2s"]);
+    let application = ("PG.APPLICATION_NAME", "sleeps");
+    let terminated = std::thread::scope(|scope| {
+        let run = scope.spawn(|| run(&[("SLEEP", "60"), application]));
+        let terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+            WHERE application_name = 'sleeps' AND wait_event = 'PgSleep'";
+        let mut admin = admin(&RDS);
+        while admin.query(terminate, &[]).unwrap().is_empty() {
+            assert!(!run.is_finished(), "{:?}", run.join());
+        }
+        run.join().unwrap()
+    });
+    terminated.failed(&[
+        &querying,
+        "terminating connection due to administrator command",
+    ]);
+}
+
+/// A program that has a `Config` already, and connects with it.
+const OWN: &str = r#"
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<()> {
+    let mut pg: Config = std::env::var("DATABASE_URL")?.parse()?;
+    let roots = std::env::var("ROOTS")?;
+    let tls = require_tls(&mut pg, Path::new(&roots))?;
+    let (client, connection) = pg.connect(tls).await?;
+    tokio::spawn(connection);
+    let row = client.query_one("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()", &[]).await?;
+    eprintln!("TLS: {}", row.get::<_, bool>(0));
+    Ok(())
+}
+"#;
+
+#[test]
+fn require_tls_alone_requires_it_of_a_config_from_a_connection_string() {
+    let page = section("Take it into your project");
+    let imports = between(&page, "```rust\n", "```");
+    let program = format!("{imports}{OWN}\n{}", take(&program(), "require_tls"));
+    let copy = new_project("require-tls", &program, "");
+    let run = |port: u16, mode: &str, roots: &str| {
+        let url = format!(
+            "postgres://postgres:{PASSWORD}@{ENDPOINT}:{port}/postgres?hostaddr=127.0.0.1{mode}"
+        );
+        run_of(&copy, &vars([("DATABASE_URL", &*url), ("ROOTS", roots)]))
+    };
+    let roots = PLAIN.roots();
+    let roots = roots.to_str().unwrap();
+    // It reads a file that is none as the program does, and names it.
+    run(1, "", "/nonexistent").failed(&["root certificates from /nonexistent", "No such file"]);
+    // As people print the roots of another instance.
+    let others = "ca-certificates/global-bundle.pem";
+    run(PLAIN.port(), "", others).failed(&["invalid peer certificate: UnknownIssuer"]);
+
+    for mode in [
+        "",
+        "&sslmode=prefer",
+        "&sslmode=disable",
+        "&sslmode=require",
+    ] {
+        let connected = run(PLAIN.port(), mode, roots);
+        assert_eq!(connected.code, Some(0), "{}", connected.output);
+        assert!(
+            connected.output.contains("TLS: true"),
+            "{}",
+            connected.output
+        );
+
+        let strips = Fake::new(|mut wire| async move {
+            startup(&mut wire).await?;
+            wire.write_all(b"N").await?;
+            startup(&mut wire).await?;
+            wire.write_all(CLEARTEXT_PASSWORD).await?;
+            silence(wire).await
+        });
+        run(strips.port, mode, roots).failed(&["server does not support TLS"]);
+        assert_eq!(strips.heard(), [SSL_REQUEST], "{mode}");
+    }
+}
+
+#[test]
+fn its_trick_is_in_the_program_word_for_word() {
+    let readme = crate::support::page::readme();
+    let code = between(&readme, "```rust\n", "```");
+    assert!(
+        code.contains(".with_root_certificates(") && code.contains("SslMode::Require"),
+        "{code}"
+    );
+    assert!(take(&program(), "require_tls").contains(code), "{code}");
+}
