@@ -8,6 +8,7 @@ mod failover;
 mod goodbye;
 mod man_in_the_middle;
 mod pool;
+mod post_quantum;
 mod readme;
 mod roots;
 mod round_trips;

@@ -70,25 +70,36 @@ pub fn take(code: &str, function: &str) -> String {
 /// A new project with this code and what the README says to copy from `Cargo.toml`, built as it says. A dependency
 /// of `more` takes the place of ours with the same name.
 pub fn new_project(name: &str, main: &str, more: &str) -> PathBuf {
+    build(name, main, &manifest(name, more), &["--offline"])
+}
+
+/// The manifest of that project.
+pub fn manifest(name: &str, more: &str) -> String {
     let ours = fs::read_to_string("Cargo.toml").unwrap() + "\n";
     let table = |name: &str| between(&ours, &format!("\n[{name}]\n"), "\n\n");
     let key = |line: &str| line.split(' ').next().unwrap_or_default().to_owned();
     let replaced = |line: &&str| !more.lines().any(|other| key(other) == key(line));
     let ours: Vec<&str> = table("dependencies").lines().filter(replaced).collect();
-    let manifest = format!(
+    format!(
         "[package]\nname = \"{name}\"\nedition = \"2024\"\n\n[workspace]\n\n\
          [dependencies]\n{}\n{more}\n[profile.dev]\n{}\n\n[profile.dev.package]\n{}\n",
         ours.join("\n"),
         table("profile.dev"),
         table("profile.dev.package"),
-    );
+    )
+}
+
+/// Builds a project with this code, this manifest and our lock file; a warning is an error.
+pub fn build(name: &str, main: &str, manifest: &str, options: &[&str]) -> PathBuf {
     let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     fs::create_dir_all(project.join("src")).unwrap();
     fs::write(project.join("src/main.rs"), main).unwrap();
-    fs::write(project.join("Cargo.toml"), &manifest).unwrap();
+    fs::write(project.join("Cargo.toml"), manifest).unwrap();
     fs::copy("Cargo.lock", project.join("Cargo.lock")).unwrap();
     let built = std::process::Command::new(env!("CARGO"))
-        .args(["rustc", "-q", "--offline", "--", "-D", "warnings"])
+        .args(["rustc", "-q"])
+        .args(options)
+        .args(["--", "-D", "warnings"])
         .current_dir(&project)
         .env_clear()
         .envs(environment())
