@@ -138,25 +138,27 @@ impl World {
             fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         };
-        let only = |name: &str, args: &str, output: &str| {
-            script(name, &format!("test \"$*\" = '{args}' && echo '{output}'"));
+        let only = |name: &str, answers: &[(String, &str)]| {
+            let case = |(args, output): &(String, &str)| format!("'{args}') echo '{output}' ;; ");
+            let cases: String = answers.iter().map(case).collect();
+            script(name, &format!("case \"$*\" in {cases}*) exit 1 ;; esac"));
         };
-        let arguments = |host: &str, user: &str| {
-            format!(
-                "rds generate-db-auth-token --hostname {host} --port 5432 --region ca-central-1 \
-                 --username {user}"
-            )
+        let token_for = |host: &str, user: &str| {
+            let asked = format!("--hostname {host} --port 5432 --region ca-central-1");
+            let args = format!("rds generate-db-auth-token {asked} --username {user}");
+            (args, token.as_str())
         };
-        let [instance, cluster] = [(ENDPOINT, IAM_USER), (EXPRESS, "postgres")];
-        let [instance, cluster] = [instance, cluster].map(|(host, user)| arguments(host, user));
-        let asked = format!(
-            "case \"$*\" in '{instance}' | '{cluster}') echo '{token}' ;; *) exit 1 ;; esac"
+        only(
+            "aws",
+            &[
+                token_for(ENDPOINT, IAM_USER),
+                token_for(EXPRESS, "postgres"),
+            ],
         );
-        script("aws", &asked);
         let psql = local_rds::psql().unwrap();
         script("psql", &format!("exec '{}' \"$@\"", psql.display()));
         let host = format!("127.0.0.1 {ENDPOINT}");
-        only("getent", &format!("hosts {ENDPOINT}"), &host);
+        only("getent", &[(format!("hosts {ENDPOINT}"), &host)]);
         script("stty", "case \"$*\" in -echo | echo) ;; *) exit 1 ;; esac");
         Self {
             folder,
