@@ -43,20 +43,28 @@ fn run(args: &[&str]) -> Output {
 /// No folder is left, and so no server, which ends before its folder is deleted.
 #[track_caller]
 fn is_gone(tmp: &Path) {
-    eventually(&format!("{} is empty", tmp.display()), || {
-        fs::read_dir(tmp).unwrap().next().is_none()
-    });
+    eventually(&format!("{} is empty", tmp.display()), || is_empty(tmp));
+}
+
+fn is_empty(folder: &Path) -> bool {
+    fs::read_dir(folder).unwrap().next().is_none()
 }
 
 /// Waits until it is so, and no longer than half a minute.
 #[track_caller]
 fn eventually(what: &str, is_so: impl Fn() -> bool) {
+    assert!(in_time(is_so), "still not: {what}");
+}
+
+fn in_time(is_so: impl Fn() -> bool) -> bool {
     let start = Instant::now();
     while !is_so() {
-        let elapsed = start.elapsed();
-        assert!(elapsed < Duration::from_secs(30), "still not: {what}");
+        if start.elapsed() > Duration::from_secs(30) {
+            return false;
+        }
         sleep(Duration::from_millis(20));
     }
+    true
 }
 
 /// The command while it runs, in a process group of its own, as the terminal makes one. A test that panics ends it.
@@ -85,6 +93,8 @@ impl Drop for Running {
         if let Ok(None) = self.0.try_wait() {
             self.kill_group(Signal::KILL);
             let _ = self.0.wait();
+            // The folder around the server's can be deleted when the server no longer writes to its own.
+            in_time(|| is_empty(self.1.path()));
         }
     }
 }
@@ -103,7 +113,7 @@ fn end(args: &[&str], line: Option<&str>, how: impl FnOnce(&Running)) -> Option<
                 .unwrap();
         }
         None => {
-            while fs::read_dir(&running.1).unwrap().next().is_none() {
+            while is_empty(running.1.path()) {
                 sleep(Duration::from_millis(1));
             }
         }
