@@ -159,8 +159,8 @@ fn checked(name: &str, key: &str, value: OsString) -> Result<String> {
     let mistake = match key {
         _ if value.is_empty() => "is empty or not UTF-8",
         "pg.password" => return Ok(value),
-        _ if value.contains("://") => "must be one value, not a URL",
-        _ if value.contains("password=") => "must be one value, not a connection string",
+        _ if value.contains("://") => "must not be a URL",
+        _ if value.to_lowercase().contains("password=") => "must not be a connection string",
         "db_ca_cert" if value.contains("-----BEGIN") => "must be a path, not PEM text",
         "pg.host" if value.contains(['@', '=', ' ', '\t', '\n']) => "must be a host name",
         _ => return Ok(value),
