@@ -69,6 +69,8 @@ fn query_takes_a_transaction_and_several_queries_and_settings_take_a_field() {
     let log = r#"debug!("{settings:?}");"#;
     let shown = format!(r#"{log} info!("table: {{:?}}", settings.table);"#);
     let program = replaced(&program, log, &shown);
+    let limit = "let query_limit = connect_limit;";
+    let program = replaced(&program, limit, "let query_limit = Duration::from_secs(6);");
     let copy = new_project("query", &program, "");
     let run = |change: &[(&str, &str)]| run_of(&copy, &with(&RDS, change));
 
@@ -84,13 +86,16 @@ fn query_takes_a_transaction_and_several_queries_and_settings_take_a_field() {
     assert!(answer(run(&[])).contains("table: None"));
     assert!(answer(run(&[("TABLE", "orders")])).contains(r#"table: Some("orders")"#));
 
-    // All around it is as before: the limit, and the reason why a connection was closed.
-    let slow = [("PG.CONNECT_TIMEOUT", "1"), ("SLEEP", "60")];
+    // The queries have a limit of their own, and connecting keeps its own.
+    let [shorter, longer] = [("SLEEP", "2.5"), ("SLEEP", "60")];
+    let two_seconds = ("PG.CONNECT_TIMEOUT", "1");
+    answer(run(&[two_seconds, shorter]));
     let querying = format!("Error: querying {ENDPOINT}:{}", RDS.port());
-    run(&slow).failed(&[&querying, "no answer within 2s"]);
+    run(&[longer]).failed(&[&querying, "no answer within 6s"]);
+    // All around it is as before, such as the reason why a connection was closed.
     let application = ("PG.APPLICATION_NAME", "sleeps");
     let terminated = std::thread::scope(|scope| {
-        let run = scope.spawn(|| run(&[("SLEEP", "60"), application]));
+        let run = scope.spawn(|| run(&[longer, application]));
         let terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
             WHERE application_name = 'sleeps' AND wait_event = 'PgSleep'";
         let mut admin = admin(&RDS);
