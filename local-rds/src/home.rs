@@ -74,9 +74,11 @@ impl Home {
         );
         self.write("pg_hba.conf", 0o600, &hba)?;
 
-        // The server uses the last line of a parameter, so the settings of an instance come last.
+        // The server uses the last line of a parameter, so the settings of an instance come last. Memory is shared by
+        // files in the folder, because /dev/shm may be another user's.
         let mut conf = String::from(
-            "fsync = off\n\
+            "dynamic_shared_memory_type = mmap\n\
+             fsync = off\n\
              listen_addresses = '127.0.0.1'\n\
              password_encryption = scram-sha-256\n\
              ssl = on\n",

@@ -283,3 +283,24 @@ fn a_test_that_panics_leaves_no_server_behind() {
     std::panic::catch_unwind(test).unwrap_err();
     has_ended(processes.unwrap());
 }
+
+#[test]
+fn where_memory_cannot_be_written_to_the_temporary_folder_serves() {
+    let mount = "mount -t tmpfs -o ro,size=2g tmpfs /dev/shm && exec \"$0\" \"$@\"";
+    let run = |command: &[&str]| {
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--mount", "sh", "-c", mount]).args(command);
+        unshare.env_remove("TMPDIR").output()
+    };
+    if !run(&["true"]).is_ok_and(|output| output.status.success()) {
+        eprintln!("no /dev/shm of our own, with `unshare` and `mount`: not tested");
+        return;
+    }
+    let script = "echo $PGSSLROOTCERT; psql -XAtc 'SELECT 1'";
+    let output = run(&[env!("CARGO_BIN_EXE_local-rds"), "sh", "-c", script]).unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
+    let temporary = Path::new("/tmp").join("local-rds-");
+    let expected = printed.starts_with(temporary.to_str().unwrap()) && printed.ends_with("\n1\n");
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(expected, "{printed}\n{error}");
+}
