@@ -86,28 +86,25 @@ fn query_takes_a_transaction_and_several_queries_and_settings_take_a_field() {
     assert!(answer(run(&[])).contains("table: None"));
     assert!(answer(run(&[("TABLE", "orders")])).contains(r#"table: Some("orders")"#));
 
-    // The queries have a limit of their own, and connecting keeps its own.
     let [shorter, longer] = [("SLEEP", "2.5"), ("SLEEP", "60")];
     let two_seconds = ("PG.CONNECT_TIMEOUT", "1");
-    answer(run(&[two_seconds, shorter]));
-    let querying = format!("Error: querying {ENDPOINT}:{}", RDS.port());
-    run(&[longer]).failed(&[&querying, "no answer within 6s"]);
-    // All around it is as before, such as the reason why a connection was closed.
     let application = ("PG.APPLICATION_NAME", "sleeps");
-    let terminated = std::thread::scope(|scope| {
-        let run = scope.spawn(|| run(&[longer, application]));
+    let querying = format!("Error: querying {ENDPOINT}:{}", RDS.port());
+    std::thread::scope(|scope| {
+        // The queries have a limit of their own, and connecting keeps its own.
+        scope.spawn(|| answer(run(&[two_seconds, shorter])));
+        scope.spawn(|| run(&[longer]).failed(&[&querying, "no answer within 6s"]));
+        // All around it is as before, such as the reason why a connection was closed.
+        let terminated = scope.spawn(|| run(&[longer, application]));
         let terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
             WHERE application_name = 'sleeps' AND wait_event = 'PgSleep'";
         let mut admin = admin(&RDS);
         while admin.query(terminate, &[]).unwrap().is_empty() {
-            assert!(!run.is_finished(), "{:?}", run.join());
+            assert!(!terminated.is_finished(), "{:?}", terminated.join());
         }
-        run.join().unwrap()
+        let why = "terminating connection due to administrator command";
+        terminated.join().unwrap().failed(&[&querying, why]);
     });
-    terminated.failed(&[
-        &querying,
-        "terminating connection due to administrator command",
-    ]);
 }
 
 /// A program that has a `Config` already, and connects with it.
