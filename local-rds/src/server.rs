@@ -30,12 +30,12 @@ exec 3<&0
 ) </dev/null >>"$2/log" 2>&1 3<&- &
 server=$!
 stop() {
-    # Repeat the signal, because initdb and postgres ignore it for a moment when they start. In the end send
-    # QUIT, because PostgreSQL 18 may wait for ever in recovery after a crash.
+    # Repeat the signal, because initdb and postgres ignore it for a moment when they start. After 5 s send QUIT,
+    # because PostgreSQL 18 may wait for ever in recovery after a crash. After 30 s send KILL, to this script as well.
     signal=INT tries=0
     while kill -0 "$server"; do
         tries=$((tries + 1))
-        test "$tries" -lt 100 || signal=QUIT
+        case $tries in 100) signal=QUIT ;; 600) signal=KILL ;; esac
         kill "-$signal" 0
         sleep 0.05
     done
