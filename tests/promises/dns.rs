@@ -13,7 +13,7 @@ ip link set lo up && ip route add 192.0.2.0/24 dev lo && mount --bind \"$0\" /et
 /// How long this takes to fail, and its error. None where the system does not let it make a network.
 fn timed(command: &[&str]) -> Option<(Duration, String)> {
     let resolvers =
-        file("nameserver 192.0.2.1\nnameserver 192.0.2.2\noptions timeout:1 attempts:1\n");
+        file("nameserver 192.0.2.1\nnameserver 192.0.2.2\noptions timeout:2 attempts:1\n");
     let run = |command: &[&str]| {
         let mut unshare = Command::new("unshare");
         unshare.args(["--user", "--map-root-user", "--net", "--mount"]);
