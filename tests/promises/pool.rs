@@ -21,10 +21,10 @@ use std::time::Duration;
 use crate::broken_servers::{Fault::Silence, Point::Query, server};
 use crate::failover::hosts;
 use crate::support::fake::{Fake, black_hole, own_tls, silence};
-use crate::support::page::{between, new_project, section, take};
+use crate::support::page::{between, new_project, program, replaced, section, take};
 use crate::support::{
-    RDS, Var, admin, at_port, builder, changed, eventually, file, kill, run_of, then_the_good_one,
-    with,
+    RDS, Var, admin, at_port, builder, changed, eventually, file, kill, run_of, terminate,
+    then_the_good_one, with,
 };
 use local_rds::{ENDPOINT, LocalRds, Relay};
 use rustix::process::Signal;
@@ -44,7 +44,7 @@ fn blocks(language: &str) -> Vec<String> {
 
 /// The service as the README has it: its block, and after it what it says from our program.
 fn printed() -> String {
-    let program = std::fs::read_to_string("src/main.rs").unwrap();
+    let program = program();
     let settings = "/// A field that you add";
     let (_, from_settings) = program.split_once(settings).unwrap();
     let [_, service, _] = &blocks("rust")[..] else {
@@ -120,8 +120,7 @@ async fn main() -> Result<()> {
 fn recipe() -> String {
     let printed = printed();
     let main = format!("#[tokio::main]\n{}", take(&printed, "main"));
-    assert_eq!(printed.matches(&main).count(), 1);
-    printed.replace(&main, MAIN)
+    replaced(&printed, &main, MAIN)
 }
 
 static SERVICE: LazyLock<PathBuf> = LazyLock::new(|| project("pool-service", &recipe()));
@@ -248,6 +247,13 @@ fn sessions(rds: &LocalRds) -> Vec<i32> {
     let ours = "SELECT pid FROM pg_stat_activity WHERE usename = 'postgres'";
     let rows = admin(rds).query(ours, &[]).unwrap();
     rows.iter().map(|row| row.get(0)).collect()
+}
+
+fn terminate_sessions(rds: &LocalRds) {
+    let mut admin = admin(rds);
+    for pid in sessions(rds) {
+        terminate(&mut admin, pid);
+    }
 }
 
 /// No more sessions than clients, soon.
@@ -391,9 +397,7 @@ fn terminated_sessions_and_a_server_that_restarts_are_replaced() {
     let mut rds = builder().start().unwrap();
     let mut service = Service::new(&with(&rds, &[]));
     service.fill(&rds);
-    let terminate =
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'postgres'";
-    admin(&rds).query(terminate, &[]).unwrap();
+    terminate_sessions(&rds);
     assert!(service.failures() <= SIZE);
     service.works(2 * SIZE);
 
@@ -501,8 +505,7 @@ fn a_fresh_password_is_read_for_each_new_connection() {
     let code = recipe();
     let page = section("Take it into your project");
     let fresh = between(&page, "replace `Manager::new(pg, tls)` by `", "`");
-    assert_eq!(code.matches("Manager::new(pg, tls)").count(), 1);
-    let code = code.replace("Manager::new(pg, tls)", fresh);
+    let code = replaced(&code, "Manager::new(pg, tls)", fresh);
     let program = project(
         "pool-fresh-password",
         &format!("{code}\n{}", blocks("rust")[2]),
@@ -527,10 +530,8 @@ fn a_fresh_password_is_read_for_each_new_connection() {
     set("the second");
     // The session outlives the change; a new one needs the new password.
     service.works(1);
-    let terminate =
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'postgres'";
-    admin(&rds).query(terminate, &[]).unwrap();
-    eventually("the old password is refused", || sessions(&rds).is_empty());
+    terminate_sessions(&rds);
+    eventually("no session is left", || sessions(&rds).is_empty());
     let error = (0..SIZE).find_map(|_| {
         service
             .ask("typed", 5000, "SELECT 'x'::text")

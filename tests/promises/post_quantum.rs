@@ -1,12 +1,11 @@
 //! A copy with the changes that the README lists connects to a server that takes a hybrid group alone.
 
-use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use crate::round_trips::STOCK_ROUND_TRIPS;
-use crate::support::page::{build, manifest, section};
+use crate::support::page::{build, manifest, program, quoted, replaced, section};
 use crate::support::{PLAIN, RDS, Run, at_port, changed, demo, file, run_of};
 use local_rds::{Authority, ENDPOINT, KeyType, Relay};
 use tempfile::TempPath;
@@ -15,18 +14,12 @@ use tempfile::TempPath;
 fn changes() -> Vec<[String; 2]> {
     let section = section("Post-quantum key exchange");
     let items = section.lines().filter(|line| line.starts_with("- "));
-    let quoted = items.map(|item| item.split('`').skip(1).step_by(2).collect::<Vec<_>>());
+    let quoted = items.map(quoted);
     let pairs = quoted.map(|quoted| match quoted[..] {
         [old, new] => [old.to_owned(), new.to_owned()],
         _ => panic!("not one text and another: {quoted:?}"),
     });
     pairs.collect()
-}
-
-#[track_caller]
-fn replaced(text: &str, [old, new]: &[String; 2]) -> String {
-    assert_eq!(text.matches(old).count(), 1, "{old}");
-    text.replace(old, new)
 }
 
 /// TLS with X25519MLKEM768 alone in front of another server: `<port> <certificates> <key>`. It prints its own port.
@@ -127,9 +120,9 @@ fn with_the_changes_of_the_readme_it_connects_where_a_hybrid_group_is_required()
     let [feature, provider, first] = &changes()[..] else {
         panic!("three changes are in the list")
     };
-    let program = fs::read_to_string("src/main.rs").unwrap();
-    let program = replaced(&replaced(&program, provider), first);
-    let manifest = replaced(&manifest("post-quantum", ""), feature);
+    let change = |text: &str, [old, new]: &[String; 2]| replaced(text, old, new);
+    let program = change(&change(&program(), provider), first);
+    let manifest = change(&manifest("post-quantum", ""), feature);
     let copy = build("post-quantum", &program, &manifest, &[]);
     let round_trips = |port: u16, run: &dyn Fn(u16) -> Run| {
         let relay = Relay::new(port, Duration::from_millis(50)).unwrap();

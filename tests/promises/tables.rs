@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 use crate::support::fake::{Fake, black_hole, only_says, silence};
-use crate::support::page::readme;
+use crate::support::page::{quoted, readme};
 use crate::support::{KEYWORDS, RDS, Run, at, builder, demo, file, vars, with};
 use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, ServerCertificate};
 use rcgen::{
@@ -40,11 +40,6 @@ fn table(heading: &str) -> Vec<Row> {
             .collect(),
     })
     .collect()
-}
-
-/// What is in backticks.
-fn quoted(cell: &str) -> Vec<&str> {
-    cell.split('`').skip(1).step_by(2).collect()
 }
 
 #[test]

@@ -7,24 +7,11 @@
 //! | `require_tls`      | a `Config` from a connection string that says nothing of `sslmode`              |
 //! | the README's pool  | see [`super::pool`]                                                             |
 
-use std::fs;
-
 use crate::support::fake::{CLEARTEXT_PASSWORD, Fake, SSL_REQUEST, silence, startup};
-use crate::support::page::{between, new_project, section, take};
+use crate::support::page::{between, new_project, program, replaced, section, take};
 use crate::support::{PLAIN, RDS, Run, admin, run_of, vars, with};
 use local_rds::{ENDPOINT, PASSWORD};
 use tokio::io::AsyncWriteExt;
-
-fn program() -> String {
-    fs::read_to_string("src/main.rs").unwrap()
-}
-
-/// This text with one part of it, which is there once, replaced.
-#[track_caller]
-fn replaced(text: &str, part: &str, by: &str) -> String {
-    assert_eq!(text.matches(part).count(), 1, "{part}");
-    text.replace(part, by)
-}
 
 #[test]
 fn the_whole_program_connects_over_tls_and_ends_on_a_silent_server() {

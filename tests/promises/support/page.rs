@@ -32,6 +32,11 @@ pub fn readme() -> String {
     fs::read_to_string("README.md").unwrap()
 }
 
+/// Our program, as people copy it.
+pub fn program() -> String {
+    fs::read_to_string("src/main.rs").unwrap()
+}
+
 /// The part under a heading, up to the next of its kind.
 pub fn section(heading: &str) -> String {
     let readme = readme();
@@ -46,6 +51,18 @@ pub fn section(heading: &str) -> String {
 pub fn between<'a>(text: &'a str, start: &str, end: &str) -> &'a str {
     let (_, rest) = text.split_once(start).unwrap();
     rest.split_once(end).unwrap().0
+}
+
+/// What is in backticks.
+pub fn quoted(text: &str) -> Vec<&str> {
+    text.split('`').skip(1).step_by(2).collect()
+}
+
+/// This text with one part of it, which is there once, replaced.
+#[track_caller]
+pub fn replaced(text: &str, part: &str, by: &str) -> String {
+    assert_eq!(text.matches(part).count(), 1, "{part}");
+    text.replace(part, by)
 }
 
 /// A function of this code, with its comment, up to the brace that ends it.
