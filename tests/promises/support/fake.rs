@@ -53,9 +53,10 @@ impl Fake {
             .unwrap();
         let port = listener.local_addr().unwrap().port();
         RUNTIME.spawn(async move {
-            for nth in 0.. {
+            loop {
                 let (stream, _) = listener.accept().await.unwrap();
                 let record = Arc::clone(&all);
+                let nth = record.lock().unwrap().len();
                 record.lock().unwrap().push(Vec::new());
                 let inspect = move |bytes: &[u8]| record.lock().unwrap()[nth].extend(bytes);
                 tokio::spawn(script(Wire::new(stream, Box::new(inspect))));
