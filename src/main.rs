@@ -3,11 +3,11 @@
 //!
 //! - With `DB_CA_CERT`, no user name, password or query is sent until the server's certificate is
 //!   verified against the root certificates in that file and the host name.
-//! - The value of `PG.PASSWORD` is not logged, at any level, or shown in an error. Any other variable
-//!   that seems to hold a secret by mistake is refused without its value: see [`checked`].
-//! - It never hangs: connecting has a time limit, and so have the queries.
+//! - The program writes the value of `PG.PASSWORD` into no log, at any level, and into no error. Likely
+//!   mistakes that would put a secret into another variable are refused without its value: see [`checked`].
+//! - Every wait for the network has a limit: connecting, and the queries.
 //!
-//! Left out: a pool (the README has one), retries, and client certificates, which RDS never asks for.
+//! Left out: a pool (see `examples/service.rs`), retries, client certificates (RDS asks for none).
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -46,7 +46,7 @@ fn require_tls(pg: &mut Config, roots: &Path) -> Result<MakeRustlsConnect> {
     let reading = || format!("reading root certificates from {}", roots.display());
     let pem = fs::read(roots).with_context(reading)?;
     let mut store = RootCertStore::empty();
-    for der in CertificateDer::pem_reader_iter(&pem[..]) {
+    for der in CertificateDer::pem_slice_iter(&pem) {
         // The parser's error would quote the file, which may be a private key.
         let der = der.ok().context("damaged PEM").with_context(reading)?;
         store.add(der).with_context(reading)?;
@@ -68,7 +68,7 @@ fn require_tls(pg: &mut Config, roots: &Path) -> Result<MakeRustlsConnect> {
     Ok(MakeRustlsConnect::new(tls))
 }
 
-/// Connects, hands the client to `query`, says goodbye, and logs the answer.
+/// Connects, hands the client to `query`, and says goodbye.
 async fn connect_and_query<T: MakeTlsConnect<Socket>>(mut pg: Config, tls: T) -> Result<()> {
     // tokio-postgres limits TCP alone, for each address, and only if it is told to.
     let tcp_limit = *pg.get_connect_timeout().unwrap_or(&Duration::from_secs(5));
@@ -77,11 +77,7 @@ async fn connect_and_query<T: MakeTlsConnect<Socket>>(mut pg: Config, tls: T) ->
     let hosts = pg.get_hosts().len().max(pg.get_hostaddrs().len());
     let connect_limit = tcp_limit.saturating_mul(hosts as u32 + 1);
     let query_limit = connect_limit; // For a long report, put its own limit here.
-    let target = match (pg.get_hosts(), pg.get_ports()) {
-        ([Host::Tcp(host)], ports) => format!("{host}:{}", ports.first().unwrap_or(&5432)),
-        ([], _) => "PG.HOST, which is not set (in a shell, export PG__HOST instead)".into(),
-        (hosts, ports) => format!("{hosts:?}, ports {ports:?}"),
-    };
+    let target = target(&pg);
     let (client, connection) = timeout(connect_limit, pg.connect(tls))
         .await
         .with_context(|| format!("connecting to {target}: no answer within {connect_limit:?}"))?
@@ -89,27 +85,40 @@ async fn connect_and_query<T: MakeTlsConnect<Socket>>(mut pg: Config, tls: T) ->
     let querying = async {
         match tokio::join!(query(client), connection) {
             // Only the connection knows why it was closed.
-            (Err(error), Err(cause)) if error.is_closed() => Err(cause),
-            (answer, _) => answer,
+            (Err(error), Err(cause)) => Err(error.context(format!("{:#}", anyhow!(cause)))),
+            (result, _) => result,
         }
     };
     timeout(query_limit, querying)
         .await
         .with_context(|| format!("querying {target}: no answer within {query_limit:?}"))?
         .with_context(|| format!("querying {target}"))
-        .map(|answer| info!("information_schema_catalog_name: {answer:?}"))
 }
 
-/// Your queries go here: one or several, or a transaction, which takes a `mut client`.
-async fn query(client: Client) -> Result<String, tokio_postgres::Error> {
+/// Your queries go here; `?` takes any error. For a transaction, write `mut client`.
+async fn query(client: Client) -> Result<()> {
     const QUERY: &str = "SELECT * FROM information_schema.information_schema_catalog_name";
     // Unlike `query_one`, it does not prepare the statement first: one round trip, not two.
     let row = client.query_typed_one(QUERY, &[]).await?;
-    // In the end the client is dropped, which makes the connection send Terminate.
-    row.try_get(0)
+    let name: String = row.try_get(0)?;
+    info!("information_schema_catalog_name: {name:?}");
+    // Returning drops the client, which makes the connection send Terminate.
+    Ok(())
 }
 
-/// A field that you add, such as `table: Option<String>`, is read from the variable `TABLE`.
+/// The server, for errors.
+fn target(pg: &Config) -> String {
+    let ports = pg.get_ports();
+    match (pg.get_hosts(), pg.get_hostaddrs()) {
+        ([Host::Tcp(host)], _) => format!("{host}:{}", ports.first().unwrap_or(&5432)),
+        ([], []) => "PG.HOST, which is not set (in a shell, export PG__HOST instead)".into(),
+        ([], addresses) => format!("{addresses:?}, ports {ports:?}"),
+        (hosts, _) => format!("{hosts:?}, ports {ports:?}"),
+    }
+}
+
+/// A field that you add, such as `table: Option<String>`, is read from the variable `TABLE`. `debug!`
+/// in `main` logs every field but the password.
 #[derive(Debug, Deserialize)]
 struct Settings {
     /// From `PG.<KEYWORD>`, or `PG__<KEYWORD>` in shells. tokio-postgres redacts the password in `Debug`.

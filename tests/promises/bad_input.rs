@@ -289,7 +289,8 @@ fn a_socket_is_refused_where_tls_is_required_and_used_where_it_is_not() {
 #[test]
 fn an_address_without_a_name_is_refused_where_tls_is_required() {
     let hello = only_says(b"S");
-    at(hello.port, &RDS, &[("PG.HOST", "")]).failed(&["PG.HOST", "no hostname provided"]);
+    let address = format!("connecting to [127.0.0.1], ports [{}]", hello.port);
+    at(hello.port, &RDS, &[("PG.HOST", "")]).failed(&[&address, "no hostname provided"]);
     assert_eq!(hello.heard(), [SSL_REQUEST]);
     demo(&with(&PLAIN, &[("PG.HOST", ""), ("DB_CA_CERT", "")])).succeeded();
 }

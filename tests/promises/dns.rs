@@ -4,6 +4,7 @@ use std::process::Command;
 use std::thread::spawn;
 use std::time::{Duration, Instant};
 
+use crate::service::SERVICE;
 use crate::support::{PROGRAM, file};
 
 /// The program in a network of its own, whose two DNS servers never answer: their addresses lead nowhere.
@@ -40,15 +41,37 @@ fn timed(command: &[&str]) -> Option<(Duration, String)> {
 #[test]
 fn dns_that_never_answers_ends_at_the_limit_and_the_process_is_gone_then() {
     let resolver = spawn(|| timed(&["getent", "hosts", "db.example"]));
-    let variables = ["PG.HOST=db.example", "PG.CONNECT_TIMEOUT=1"];
-    let Some((program, error)) = timed(&["env", variables[0], variables[1], PROGRAM]) else {
+    let ends = |program: &str, expected: &[&str]| {
+        let variables = ["PG.HOST=db.example", "PG.CONNECT_TIMEOUT=1"];
+        let roots = "DB_CA_CERT=ca-certificates/global-bundle.pem";
+        let timed = timed(&[
+            "env",
+            variables[0],
+            variables[1],
+            roots,
+            "PG.USER=u",
+            program,
+        ]);
+        timed.inspect(|(_, error)| {
+            for words in expected {
+                assert!(error.contains(words), "no {words:?}: {error}");
+            }
+        })
+    };
+    let program = ["connecting to db.example:5432: no answer within 2s"];
+    let service = [
+        "asking db.example:5432",
+        "Timeout occurred while creating a new object",
+    ];
+    let Some((program, _)) = ends(PROGRAM, &program) else {
         return;
     };
-    let expected = "connecting to db.example:5432: no answer within 2s";
-    assert!(error.contains(expected), "{error}");
+    let (service, _) = ends(SERVICE.to_str().unwrap(), &service).unwrap();
     let (resolver, _) = resolver.join().unwrap().unwrap();
-    assert!(
-        program < resolver,
-        "{program:?}, and the resolver gives up after {resolver:?}"
-    );
+    for time in [program, service] {
+        assert!(
+            time < resolver,
+            "{time:?}, and the resolver gives up after {resolver:?}"
+        );
+    }
 }

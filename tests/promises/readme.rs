@@ -3,18 +3,20 @@
 //! A "```sh test: …" says what there is to connect to. Where the README shows ports and addresses,
 //! any will do, and what Cargo prints is left out; all else is compared as it stands.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Child, Command, Stdio};
+use std::thread::spawn;
 
 use crate::round_trips::STOCK_ROUND_TRIPS;
-use crate::support::admin;
-use crate::support::page::{PROJECT, between, environment, readme};
-use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, PASSWORD};
+use crate::support::kill;
+use crate::support::page::{PROJECT, Variables, between, environment, readme};
+use crate::support::world::World;
+use local_rds::PASSWORD;
 use regex::Regex;
-use tempfile::TempDir;
+use rustix::process::Signal;
 
 /// A command of the README, and where it stands.
 struct Scenario {
@@ -83,118 +85,97 @@ fn is_as_shown(printed: &str, shown: &str) -> bool {
     Regex::new(&format!("^{shown}$")).unwrap().is_match(printed)
 }
 
-/// The servers that the scenarios are for.
-struct World {
-    folder: TempDir,
-    express: LocalRds,
-    forced: LocalRds,
-    writer: LocalRds,
-    reader: LocalRds,
+/// Someone who follows the page in a shell. Each section goes on where the walkthrough has ended; within one it is the same
+/// shell.
+struct Reader<'a> {
+    world: &'a World,
+    shell: &'a str,
+    /// The variables at first, those after the walkthrough so far, and those of the section so far.
+    first: Variables,
+    walkthrough: Variables,
+    section: (String, Variables),
+    service: Option<Service>,
 }
 
-impl World {
-    fn new() -> Self {
-        let authority = Authority::new(KeyType::Rsa2048).unwrap();
-        let certificate = authority.issue(ENDPOINT, |_| {}).unwrap();
-        let server = |certificate| LocalRds::builder().certificate(certificate, authority.root());
-        let forced = server(&certificate).force_ssl(true).start().unwrap();
-        let cluster = ["database-1.cluster-xq7", "database-1.cluster-ro-xq7"]
-            .map(|start| format!("{start}f5vzbpq1x.ca-central-1.rds.amazonaws.com"));
-        let names = rcgen::CertificateParams::new(cluster)
-            .unwrap()
-            .subject_alt_names;
-        let certificate = authority.issue(ENDPOINT, |leaf| leaf.subject_alt_names = names);
-        let writer = server(&certificate.unwrap()).start().unwrap();
-        let reader = writer.standby().unwrap();
-        let token = forced.iam_token();
-        let (express, other_root) = express(&token);
-
-        // The project, but for one root of each file, whose place the authority of the servers takes.
-        let folder = TempDir::new().unwrap();
-        for name in [
-            "Cargo.toml",
-            "Cargo.lock",
-            "src",
-            "tests",
-            "benches",
-            "local-rds",
-        ] {
-            symlink(Path::new(PROJECT).join(name), folder.path().join(name)).unwrap();
-        }
-        fs::create_dir(folder.path().join("ca-certificates")).unwrap();
-        for (name, root) in [
-            ("ca-certificates/global-bundle.pem", authority.root()),
-            ("ca-certificates/amazon-trust-services.pem", &other_root),
-        ] {
-            let roots = fs::read_to_string(name).unwrap();
-            let (others, _) = roots.rsplit_once("-----BEGIN CERTIFICATE-----\n").unwrap();
-            fs::write(folder.path().join(name), format!("{others}{root}")).unwrap();
-        }
-
-        // Stand-ins for the AWS command line, the instance's name in DNS and a terminal, for what is
-        // asked of them and nothing else.
-        let script = |name: &str, script: &str| {
-            let path = folder.path().join(name);
-            fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-        };
-        let only = |name: &str, answers: &[(String, &str)]| {
-            let case = |(args, output): &(String, &str)| format!("'{args}') echo '{output}' ;; ");
-            let cases: String = answers.iter().map(case).collect();
-            script(name, &format!("case \"$*\" in {cases}*) exit 1 ;; esac"));
-        };
-        let token_for = |host: &str, user: &str| {
-            let asked = format!("--hostname {host} --port 5432 --region ca-central-1");
-            let args = format!("rds generate-db-auth-token {asked} --username {user}");
-            (args, token.as_str())
-        };
-        only(
-            "aws",
-            &[
-                token_for(ENDPOINT, IAM_USER),
-                token_for(EXPRESS, "postgres"),
-            ],
-        );
-        let psql = local_rds::psql().unwrap();
-        script("psql", &format!("exec '{}' \"$@\"", psql.display()));
-        let host = format!("127.0.0.1 {ENDPOINT}");
-        only("getent", &[(format!("hosts {ENDPOINT}"), &host)]);
-        script("stty", "case \"$*\" in -echo | echo) ;; *) exit 1 ;; esac");
+impl<'a> Reader<'a> {
+    fn new(world: &'a World, shell: &'a str) -> Self {
+        let mut first = environment();
+        let path = first.get_mut("PATH").unwrap();
+        *path = format!("{}:{path}", world.folder.path().display());
         Self {
-            folder,
-            express,
-            forced,
-            writer,
-            reader,
+            world,
+            shell,
+            walkthrough: first.clone(),
+            section: (String::new(), first.clone()),
+            first,
+            service: None,
         }
     }
 
-    /// Runs a command in this environment, and returns its output and the environment after it.
-    fn run(
-        &self,
-        command: &str,
-        shell: &str,
-        project: bool,
-        env: &BTreeMap<String, String>,
-    ) -> (String, BTreeMap<String, String>) {
-        let after = self.folder.path().join("environment");
-        let input = self.folder.path().join("input");
+    /// Does what a command of the page says, and returns what is printed.
+    fn follow(&mut self, scenario: &Scenario) -> String {
+        if scenario.section != self.section.0 {
+            self.section = (scenario.section.clone(), self.walkthrough.clone());
+        }
+        match scenario.state.as_str() {
+            "the project" => {
+                self.run(&scenario.command, Path::new(PROJECT), self.first.clone())
+                    .0
+            }
+            "service" => {
+                let service = Service::start(&scenario.command, self.shell, &self.first);
+                self.service.insert(service).printed.clone()
+            }
+            "curl" => {
+                let service = self.service.take().expect("a service that runs");
+                let path = scenario.command.strip_prefix("curl localhost:3000/");
+                service.get(path.expect("what the service is asked"))
+            }
+            state => self.run_at(state, &scenario.command, scenario.line),
+        }
+    }
+
+    /// Runs a command of the walkthrough with one of its servers.
+    fn run_at(&mut self, state: &str, command: &str, line: usize) -> String {
+        let mut variables = self.section.1.clone();
+        let (addresses, ports) = self.world.server(state, line);
+        for (names, value) in [
+            (["PG__HOSTADDR", "PGHOSTADDR"], addresses),
+            (["PG__PORT", "PGPORT"], ports),
+        ] {
+            if !value.is_empty() {
+                variables.extend(names.map(|name| (name.to_owned(), value.clone())));
+            }
+        }
+        if state == "sql" {
+            self.world.before_iam_user_is_created();
+        }
+        let (printed, after) = self.run(command, self.world.folder.path(), variables);
+        if state == "sql" {
+            self.world.after_iam_user_is_created();
+        }
+        if self.section.0 == "Connect to your RDS instance" {
+            self.walkthrough = after.clone();
+        }
+        self.section.1 = after;
+        printed
+    }
+
+    /// Runs a command with these variables, and returns its output and the variables after it.
+    fn run(&self, command: &str, folder: &Path, variables: Variables) -> (String, Variables) {
+        let file = |name: &str| self.world.folder.path().join(name);
+        let (after, input) = (file("environment"), file("input"));
         fs::write(&input, format!("{PASSWORD}\n")).unwrap();
         // All of the shell's variables are to be there in the next command, exported or not.
         let script = format!(
             "exec 2>&1\nset -a\n{command}\nenv -0 >'{}'",
             after.display()
         );
-        let folder = if project {
-            Path::new(PROJECT)
-        } else {
-            self.folder.path()
-        };
-        let output = std::process::Command::new(shell)
+        let output = Command::new(self.shell)
             .args(["-c", &script])
             .current_dir(folder)
             .env_clear()
-            .envs(env)
+            .envs(variables)
             .stdin(Stdio::from(fs::File::open(input).unwrap()))
             .output()
             .unwrap();
@@ -202,109 +183,84 @@ impl World {
         let after = after
             .split_terminator('\0')
             .filter_map(|var| var.split_once('='));
-        let after = after
-            .map(|(name, value)| (name.to_owned(), value.to_owned()))
-            .collect();
-        (String::from_utf8(output.stdout).unwrap(), after)
+        let after = after.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        (String::from_utf8(output.stdout).unwrap(), after.collect())
+    }
+}
+
+/// A command of the page that goes on running, until this is dropped.
+struct Service {
+    process: Child,
+    printed: String,
+}
+
+impl Service {
+    fn start(command: &str, shell: &str, variables: &Variables) -> Self {
+        let mut process = Command::new(shell)
+            .args(["-c", &format!("exec 2>&1\nexec {command}")])
+            .current_dir(PROJECT)
+            .env_clear()
+            .envs(variables)
+            .env("LISTEN", "127.0.0.1:0")
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut printed = String::new();
+        let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        while !printed.contains("listening on") {
+            let line = lines
+                .next()
+                .unwrap_or_else(|| panic!("it has ended:\n{printed}"));
+            printed += &(line.unwrap() + "\n");
+        }
+        // What it prints later has somewhere to go.
+        spawn(move || lines.map_while(Result::ok).count());
+        Self { process, printed }
     }
 
-    /// Each section goes on where the walkthrough has ended; within one it is the same shell.
-    fn follow(&self, shell: &str, environment: &BTreeMap<String, String>) {
-        let mut walkthrough = environment.clone();
-        let mut current = (String::new(), environment.clone());
-        let mut count = 0;
-        for scenario in scenarios() {
-            let Scenario {
-                line,
-                section,
-                state,
-                command,
-                output,
-            } = scenario;
-            if section != current.0 {
-                current = (section, walkthrough.clone());
-            }
-            let project = state == "the project";
-            let mut env = if project { environment } else { &current.1 }.clone();
-            let mut to = |addresses: &str, ports: String| {
-                env.insert("PG__HOSTADDR".to_owned(), addresses.to_owned());
-                env.insert("PGHOSTADDR".to_owned(), addresses.to_owned());
-                env.insert("PG__PORT".to_owned(), ports.clone());
-                env.insert("PGPORT".to_owned(), ports);
-            };
-            match state.as_str() {
-                "the project" | "variables" => {}
-                "rds.force_ssl=1" | "iam" => to("127.0.0.1", self.forced.port().to_string()),
-                "express" => to("127.0.0.1", self.express.port().to_string()),
-                "sql" => {
-                    // The master user of RDS may grant `rds_iam`, without being a superuser.
-                    let may = "ALTER ROLE postgres SUPERUSER; DROP ROLE iam_user";
-                    admin(&self.forced).batch_execute(may).unwrap();
-                    to("127.0.0.1", self.forced.port().to_string());
-                }
-                "cluster" => {
-                    let ports = format!("{},{}", self.reader.port(), self.writer.port());
-                    to("127.0.0.1,127.0.0.1", ports)
-                }
-                other => panic!("README.md:{line}: no such state: {other}"),
-            }
-            let (printed, after) = self.run(&command, shell, project, &env);
-            let (printed, mut shown) = (masked(&printed), masked(&output));
-            if self.forced.version().unwrap() < 17 {
+    /// What `curl` prints.
+    fn get(&self, path: &str) -> String {
+        let address = between(&self.printed, "http://", ",");
+        let mut response = ureq::get(format!("http://{address}/{path}"))
+            .call()
+            .unwrap();
+        response.body_mut().read_to_string().unwrap()
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        kill(Signal::TERM, self.process.id() as i32);
+        let status = self.process.wait().unwrap();
+        assert!(status.success() || std::thread::panicking(), "{status}");
+    }
+}
+
+#[test]
+fn its_commands_give_its_outputs_in_bash_and_in_dash() {
+    let world = World::new();
+    let scenarios = scenarios();
+    let count = scenarios.len();
+    assert!(
+        count >= 11,
+        "only {count} commands found: does each block of the README begin with \"```sh test: …\"?"
+    );
+    for shell in ["bash", "dash"] {
+        let mut reader = Reader::new(&world, shell);
+        for scenario in &scenarios {
+            let printed = masked(&reader.follow(scenario));
+            let mut shown = masked(&scenario.output);
+            if world.version() < 17 {
                 shown = shown.replace("Some(b\"postgresql\")", "None");
             }
+            let Scenario { line, command, .. } = scenario;
             assert!(
                 is_as_shown(&printed, &shown),
                 "README.md:{line}, in {shell}: the page shows another output than this command has. \
                  Correct the page or the program.\n{command}\n\nShown:\n{shown}\n\nPrinted:\n{printed}"
             );
             assert!(!printed.contains(PASSWORD));
-            if state == "sql" {
-                let token = self.forced.iam_token();
-                let rest = format!(
-                    "ALTER ROLE postgres NOSUPERUSER; ALTER ROLE iam_user PASSWORD '{token}'"
-                );
-                admin(&self.forced).batch_execute(&rest).unwrap();
-            }
-            if !project {
-                current.1 = after;
-            }
-            if current.0 == "Connect to your RDS instance" {
-                walkthrough = current.1.clone();
-            }
-            count += 1;
         }
-        assert!(
-            count >= 9,
-            "only {count} commands found: does each block of the README begin with \"```sh test: …\"?"
-        );
-    }
-}
-
-/// The endpoint of the cluster with express configuration.
-const EXPRESS: &str = "database-2.cluster-xq7f5vzbpq1x.ca-central-1.rds.amazonaws.com";
-
-/// A server with another authority, whose master user logs in with a token, and the root of that authority.
-fn express(token: &str) -> (LocalRds, String) {
-    let authority = Authority::new(KeyType::Ecc384).unwrap();
-    let certificate = authority.issue(EXPRESS, |_| {}).unwrap();
-    let builder = LocalRds::builder().certificate(&certificate, authority.root());
-    let rds = builder.password(token).start().unwrap();
-    admin(&rds)
-        .batch_execute("GRANT rds_iam TO postgres")
-        .unwrap();
-    (rds, authority.root().to_owned())
-}
-
-#[test]
-fn its_commands_give_its_outputs_in_bash_and_in_dash() {
-    let world = World::new();
-    let mut environment = environment();
-    let folder = world.folder.path().display();
-    let path = environment.get_mut("PATH").unwrap();
-    *path = format!("{folder}:{path}");
-    for shell in ["bash", "dash"] {
-        world.follow(shell, &environment);
     }
 }
 

@@ -4,13 +4,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-use crate::support::fake::{Fake, black_hole, only_says, silence};
+use crate::service::{SERVICE, log_of_a_bad_day};
+use crate::support::fake::{Fake, black_hole, only_says, own_tls, silence, startup, tls};
 use crate::support::page::{quoted, readme};
-use crate::support::{KEYWORDS, RDS, Run, at, builder, demo, file, vars, with};
+use crate::support::{
+    KEYWORDS, RDS, Run, Var, at, builder, demo, file, full, run_of, vars, while_it_starts, with,
+};
 use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, ServerCertificate};
 use rcgen::{
     BasicConstraints, CertificateParams, IsCa, KeyPair, PKCS_ECDSA_P384_SHA384, SigningKey,
 };
+use tokio::io::AsyncWriteExt;
 use x509_cert::certificate::{Certificate, Version};
 use x509_cert::der::asn1::BitString;
 use x509_cert::der::pem::LineEnding;
@@ -22,30 +26,36 @@ struct Row {
     cells: Vec<String>,
 }
 
-/// The rows of the one table under a heading.
-fn table(heading: &str) -> Vec<Row> {
+/// The rows of each table under a heading.
+fn tables(heading: &str) -> Vec<Vec<Row>> {
     let readme = readme();
-    let lines = readme.lines().enumerate();
-    let section = lines.skip_while(|(_, line)| *line != format!("## {heading}"));
-    let section = section
-        .skip(1)
-        .take_while(|(_, line)| !line.starts_with("## "));
-    let rows = section.filter(|(_, line)| line.starts_with('|')).skip(2);
-    rows.map(|(nth, row)| Row {
+    let lines: Vec<_> = readme.lines().enumerate().collect();
+    let start = lines
+        .iter()
+        .position(|(_, line)| *line == format!("## {heading}"));
+    let section = lines[start.unwrap() + 1..].iter();
+    let section: Vec<_> = section
+        .take_while(|(_, line)| !line.starts_with("## "))
+        .collect();
+    let tables = section.split(|(_, line)| !line.starts_with('|'));
+    let tables = tables.filter(|table| !table.is_empty());
+    let row = |(nth, line): &&(usize, &str)| Row {
         line: nth + 1,
-        cells: row
+        cells: line
             .trim_matches('|')
             .split(" | ")
             .map(|cell| cell.trim().to_owned())
             .collect(),
-    })
-    .collect()
+    };
+    tables
+        .map(|table| table.iter().skip(2).map(row).collect())
+        .collect()
 }
 
 #[test]
 fn its_table_of_settings_has_all_that_are_accepted_with_values_that_are() {
     let mut listed = BTreeSet::new();
-    for Row { line, cells } in table("Settings") {
+    for Row { line, cells } in tables("Settings").remove(0) {
         let name = quoted(&cells[0])[0].to_owned();
         for value in quoted(&cells[1])
             .into_iter()
@@ -207,11 +217,62 @@ fn provoked() -> BTreeMap<&'static str, Run> {
     provoked
 }
 
+/// The logs of services with the errors of their own table.
+fn logged_by_services() -> BTreeMap<&'static str, String> {
+    let ends = |vars: &[Var]| run_of(&SERVICE, vars).output;
+    let silent = Fake::new(silence).port.to_string();
+    let silent = [("PG.PORT", &*silent), ("PG.CONNECT_TIMEOUT", "1")];
+    // The words of PgBouncer 1.18, of which there is none here.
+    let (acceptor, roots) = own_tls();
+    let pooler = Fake::new(move |wire| {
+        let acceptor = acceptor.clone();
+        async move {
+            let mut wire = tls(wire, &acceptor).await?;
+            startup(&mut wire).await?;
+            let says = b"SFATAL\0C08P01\0Munsupported startup parameter: options\0\0";
+            wire.write_all(b"E").await?;
+            wire.write_u32(says.len() as u32 + 4).await?;
+            wire.write_all(says).await?;
+            wire.flush().await?;
+            silence(wire).await
+        }
+    });
+    let port = pooler.port.to_string();
+    let pooler = [("PG.PORT", &*port), ("DB_CA_CERT", roots.to_str().unwrap())];
+    let (full, _sessions) = full();
+    let mut logs = BTreeMap::from([
+        (
+            "Timeout occurred while creating a new object",
+            ends(&with(&RDS, &silent)),
+        ),
+        (
+            "remaining connection slots are reserved",
+            ends(&with(&full, &[])),
+        ),
+        ("the database system is starting up", while_it_starts(ends)),
+        ("unsupported startup parameter", ends(&with(&RDS, &pooler))),
+    ]);
+    let log = log_of_a_bad_day();
+    logs.extend(
+        [
+            "Timeout occurred while waiting for a slot",
+            "cached plan must not change result type",
+            "canceling statement due to statement timeout",
+            "terminating connection due to administrator command",
+        ]
+        .map(|words| (words, log.clone())),
+    );
+    logs
+}
+
 #[test]
 fn its_table_of_errors_has_the_words_of_errors_that_happen() {
     let mut provoked = provoked();
     let without_pam = !provoked.contains_key(PAM);
-    for Row { line, cells } in table("When it does not work") {
+    let [errors, of_services] = <[_; 2]>::try_from(tables("When it does not work"))
+        .ok()
+        .unwrap();
+    for Row { line, cells } in errors {
         let complete = cells.len() == 3 && cells.iter().all(|cell| !cell.is_empty());
         assert!(
             complete,
@@ -241,5 +302,27 @@ fn its_table_of_errors_has_the_words_of_errors_that_happen() {
     assert!(
         provoked.is_empty(),
         "provoked, but without a row in the table of errors: {missing:?}"
+    );
+
+    let mut logged = logged_by_services();
+    for Row { line, cells } in of_services {
+        assert_eq!(
+            cells.len(),
+            2,
+            "README.md:{line}: words, and cause and remedy are wanted"
+        );
+        for words in quoted(&cells[0]) {
+            let log = logged.remove(words);
+            let log = log.unwrap_or_else(|| panic!("README.md:{line}: {words:?} is not logged"));
+            assert!(
+                log.contains(words),
+                "README.md:{line}: no {words:?} in\n{log}"
+            );
+        }
+    }
+    let missing = logged.keys();
+    assert!(
+        logged.is_empty(),
+        "logged, but without a row in the table: {missing:?}"
     );
 }

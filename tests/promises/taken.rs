@@ -3,9 +3,9 @@
 //!
 //! | taken              | and then                                                                        |
 //! |--------------------|---------------------------------------------------------------------------------|
-//! | the whole program  | a setting is added; a transaction and several queries are written into `query` |
+//! | the whole program  | a setting is added; a transaction, several queries and `?` on any error go into `query` |
 //! | `require_tls`      | a `Config` from a connection string that says nothing of `sslmode`              |
-//! | the README's pool  | see [`super::pool`]                                                             |
+//! | the service        | see [`super::service`]                                                          |
 
 use crate::support::fake::{CLEARTEXT_PASSWORD, Fake, SSL_REQUEST, silence, startup};
 use crate::support::page::{between, new_project, program, replaced, section, take};
@@ -22,9 +22,30 @@ fn the_whole_program_connects_over_tls_and_ends_on_a_silent_server() {
     run_of(&copy, &with(&RDS, &silent)).failed(&[ENDPOINT, "no answer within 2s"]);
 }
 
-/// What people write into `query`: several statements, a transaction, parameters, rows, and `?`.
+/// What people write into `query`: several statements, a transaction, parameters, rows, a struct, an answer that they
+/// log, and `?` on errors of any kind.
 const QUERY: &str = r#"
-async fn query(mut client: Client) -> Result<Vec<(i32, String)>, tokio_postgres::Error> {
+struct Order {
+    id: i32,
+    name: String,
+}
+
+#[derive(Debug)]
+struct Mine(tokio_postgres::Error);
+
+impl std::fmt::Display for Mine {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "no sleep")
+    }
+}
+
+impl std::error::Error for Mine {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.0)
+    }
+}
+
+async fn query(mut client: Client) -> Result<()> {
     client.batch_execute("CREATE TEMPORARY TABLE t (id int, name text); SET work_mem = '8MB'").await?;
     let names = [(1, String::from("one")), (2, "two".into()), (3, "three".into())];
     let transaction = client.transaction().await?;
@@ -37,12 +58,13 @@ async fn query(mut client: Client) -> Result<Vec<(i32, String)>, tokio_postgres:
     drop(rolled_back);
     let select = client.prepare("SELECT id, name FROM t WHERE id < $1 ORDER BY id").await?;
     let rows = client.query(&select, &[&3]).await?;
-    client.query_one("SELECT pg_sleep($1)", &[&sleep()]).await?;
-    rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
-}
-
-fn sleep() -> f64 {
-    env::var("SLEEP").map_or(0.0, |seconds| seconds.parse().unwrap())
+    let sleep: f64 = env::var("SLEEP").unwrap_or("0".into()).parse()?;
+    client.query_one("SELECT pg_sleep($1)", &[&sleep]).await.map_err(Mine)?;
+    for row in rows {
+        let order = Order { id: row.try_get(0)?, name: row.try_get(1)? };
+        info!("order {} is {}", order.id, order.name);
+    }
+    Ok(())
 }
 "#;
 
@@ -63,16 +85,16 @@ fn query_takes_a_transaction_and_several_queries_and_settings_take_a_field() {
 
     let answer = |run: Run| {
         assert_eq!(run.code, Some(0), "{}", run.output);
-        assert!(
-            run.output.contains(r#"[(1, "one"), (2, "two")]"#),
-            "{}",
-            run.output
-        );
+        for order in ["order 1 is one\n", "order 2 is two\n"] {
+            assert!(run.output.contains(order), "{}", run.output);
+        }
+        assert!(!run.output.contains("catalog_name"), "{}", run.output);
         run.output
     };
     assert!(answer(run(&[])).contains("table: None"));
     assert!(answer(run(&[("TABLE", "orders")])).contains(r#"table: Some("orders")"#));
 
+    run(&[("SLEEP", "x")]).failed(&["querying", "invalid float literal"]);
     let [shorter, longer] = [("SLEEP", "2.5"), ("SLEEP", "60")];
     let two_seconds = ("PG.CONNECT_TIMEOUT", "1");
     let application = ("PG.APPLICATION_NAME", "sleeps");
@@ -81,7 +103,7 @@ fn query_takes_a_transaction_and_several_queries_and_settings_take_a_field() {
         // The queries have a limit of their own, and connecting keeps its own.
         scope.spawn(|| answer(run(&[two_seconds, shorter])));
         scope.spawn(|| run(&[longer]).failed(&[&querying, "no answer within 6s"]));
-        // All around it is as before, such as the reason why a connection was closed.
+        // All around it is as before, such as the reason why a connection was closed, under an error of one's own.
         let terminated = scope.spawn(|| run(&[longer, application]));
         let terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
             WHERE application_name = 'sleeps' AND wait_event = 'PgSleep'";
@@ -90,7 +112,10 @@ fn query_takes_a_transaction_and_several_queries_and_settings_take_a_field() {
             assert!(!terminated.is_finished(), "{:?}", terminated.join());
         }
         let why = "terminating connection due to administrator command";
-        terminated.join().unwrap().failed(&[&querying, why]);
+        terminated
+            .join()
+            .unwrap()
+            .failed(&[&querying, "no sleep", why]);
     });
 }
 

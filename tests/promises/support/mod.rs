@@ -2,6 +2,7 @@
 
 pub mod fake;
 pub mod page;
+pub mod world;
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
@@ -185,7 +186,7 @@ pub fn admin(rds: &LocalRds) -> Client {
 
 /// Waits until it is so, and no longer than a minute.
 #[track_caller]
-pub fn eventually(what: &str, is_so: impl Fn() -> bool) {
+pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     let start = Instant::now();
     while !is_so() {
         assert!(
@@ -223,6 +224,35 @@ pub fn shutting_down() -> (LocalRds, Client) {
         rds.log().unwrap().contains("smart shutdown")
     });
     (rds, session)
+}
+
+/// Has something done with the variables of a server that is starting up.
+pub fn while_it_starts<R>(done: impl FnOnce(&[Var]) -> R) -> R {
+    let mut rds = builder().start().unwrap();
+    let vars = with(&rds, &[]);
+    let log = rds.socket().with_file_name("log");
+    // A standby asks this command for more to recover before it is ready.
+    let waits = rds.socket().join("waits");
+    let command = format!(
+        "while test -e \"{}\"; do sleep 0.1; done; false",
+        waits.display()
+    );
+    let sql = format!("ALTER SYSTEM SET restore_command = '{command}'");
+    admin(&rds).batch_execute(&sql).unwrap();
+    for file in [&waits, &rds.socket().join("standby.signal")] {
+        std::fs::write(file, "").unwrap();
+    }
+    std::thread::scope(|scope| {
+        let restart = scope.spawn(|| rds.restart());
+        eventually("it starts", || {
+            let log = std::fs::read_to_string(&log).unwrap();
+            log.matches("database system was shut down at").count() == 2
+        });
+        let result = done(&vars);
+        std::fs::remove_file(waits).unwrap();
+        restart.join().unwrap().unwrap();
+        result
+    })
 }
 
 /// Runs the program up to its query, which waits for a lock; has something done to the server's

@@ -11,9 +11,12 @@ pub fn target() -> &'static Path {
     Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap()
 }
 
+/// Variables and their values.
+pub type Variables = BTreeMap<String, String>;
+
 /// Of our environment what a shell of the README has: what Cargo tells the tests of their package would
 /// make it build ring anew.
-pub fn environment() -> BTreeMap<String, String> {
+pub fn environment() -> Variables {
     let inherited = [
         "PATH",
         "HOME",
@@ -35,6 +38,11 @@ pub fn readme() -> String {
 /// Our program, as people copy it.
 pub fn program() -> String {
     fs::read_to_string("src/main.rs").unwrap()
+}
+
+/// The service, as people copy it.
+pub fn example() -> String {
+    fs::read_to_string("examples/service.rs").unwrap()
 }
 
 /// The part under a heading, up to the next of its kind.

@@ -1,0 +1,458 @@
+//! A service on Amazon RDS for PostgreSQL over verified TLS, whole in one file, to be copied as
+//! `src/main.rs`. `GET /settings/{name}` answers with a parameter of the server. It promises:
+//!
+//! - What `src/main.rs` of this project promises of TLS and of the password. Without `DB_CA_CERT` it
+//!   does not start; nor with a wrong host, user, password or root certificate, as it asks once.
+//! - Offered more requests than it carries, it answers as many as before, and refuses the rest in time.
+//! - It never has more sessions on the server than its pool has clients, whatever its callers do.
+//! - It heals by itself from late and cancelled requests, errors, lost sessions, a migration, a failover.
+//! - Callers see a status and nothing of the inside; the log has the status, the host and the cause.
+//!
+//! Besides the variables of `src/main.rs` it reads `LISTEN`, an address and port, and `PASSWORD_FILE`.
+
+use std::collections::HashMap;
+use std::io::{self, IsTerminal};
+use std::path::{Path, PathBuf};
+use std::pin::{Pin, pin};
+use std::{env, ffi::OsString, fs, time::Duration};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use axum::extract::{self, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Router, middleware::map_response_with_state, routing::get};
+use deadpool_postgres::{Client, Connect, Manager, ManagerConfig, Pool, PoolError, Runtime};
+use log::{debug, error, info, warn};
+use rustls::crypto::ring::{default_provider, kx_group};
+use rustls::pki_types::{CertificateDer, pem::PemObject};
+use rustls::{ClientConfig, RootCertStore};
+use serde::{Deserialize, Deserializer, de::Error as _};
+use tokio::runtime::{Builder, Handle};
+use tokio::{net::TcpListener, signal, sync::oneshot, task::JoinHandle, time::timeout};
+use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres::{Config, error::SqlState, types::Type};
+use tokio_postgres_rustls::MakeRustlsConnect;
+use tracing_subscriber::filter::{EnvFilter, LevelFilter};
+
+/// The connections of the pool. All instances together must stay below the server's `max_connections`.
+const CLIENTS: usize = 4;
+/// For a request that waits until a client is free. Connecting has `PG.CONNECT_TIMEOUT`.
+const WAIT_LIMIT: Duration = Duration::from_secs(2);
+/// For the queries of a request.
+const QUERY_LIMIT: Duration = Duration::from_secs(4);
+/// For the requests that run when the service is told to end.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
+fn main() -> Result<()> {
+    let filter = EnvFilter::builder().with_default_directive(LevelFilter::INFO.into());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter.from_env().context("reading RUST_LOG")?)
+        .with_ansi(io::stderr().is_terminal())
+        .with_writer(io::stderr)
+        .init();
+    let settings = Settings::from_env().context("reading PG.* and DB_CA_CERT")?;
+    debug!("{settings:?}");
+    let roots = settings.db_ca_cert.context("DB_CA_CERT is not set")?;
+    let runtime = Builder::new_multi_thread().enable_all().build()?;
+    let result = runtime.block_on(serve(settings.pg, &roots));
+    // Dropping the runtime would wait for the thread of a DNS look-up that gets no answer.
+    runtime.shutdown_background();
+    result
+}
+
+/// Serves until it is told to end.
+async fn serve(pg: Config, roots: &Path) -> Result<()> {
+    // A mistake in the settings is to end the service here, rather than to fail every request.
+    fresh_password(&pg).await?;
+    let database = Database::new(pg, roots).context("reading the file of DB_CA_CERT")?;
+    let ask = async |client: &mut Client| Ok(client.batch_execute("SELECT").await?);
+    let asked: Result<()> = database.run(QUERY_LIMIT, ask).await;
+    asked.with_context(|| format!("asking {}", database.server))?;
+
+    let listen = match env::var("LISTEN") {
+        Err(env::VarError::NotPresent) => "127.0.0.1:3000".into(),
+        listen => listen.context("reading LISTEN")?,
+    };
+    let listener = TcpListener::bind(&listen).await;
+    let listener = listener.with_context(|| format!("listening on LISTEN, {listen}"))?;
+    let (address, server) = (listener.local_addr()?, &database.server);
+    info!("listening on http://{address}, connected to {server}");
+
+    let service = Router::new()
+        .route("/settings/{name}", get(setting))
+        .layer(map_response_with_state(database.clone(), log_cause))
+        .with_state(database);
+    let (stop, stopped) = oneshot::channel::<()>();
+    let serving =
+        axum::serve(listener, service).with_graceful_shutdown(async { _ = stopped.await });
+    let serving = tokio::spawn(serving.into_future());
+    told_to_end().await?;
+    info!("ending, after the requests that run");
+    drop(stop);
+    if timeout(END_LIMIT, serving).await.is_err() {
+        warn!("some requests were still running after {END_LIMIT:?}");
+    }
+    Ok(())
+}
+
+/// SIGINT and SIGTERM, which containers send, or what Windows has in their place.
+async fn told_to_end() -> Result<()> {
+    #[cfg(unix)]
+    let mut terminate = signal::unix::signal(signal::unix::SignalKind::terminate())?;
+    #[cfg(windows)]
+    let mut terminate = signal::windows::ctrl_shutdown()?;
+    tokio::select! {
+        interrupted = signal::ctrl_c() => Ok(interrupted?),
+        _ = terminate.recv() => Ok(()),
+    }
+}
+
+/// `GET /settings/{name}`: the value of a parameter, such as `max_connections`.
+async fn setting(
+    State(database): State<Database>,
+    extract::Path(name): extract::Path<String>,
+) -> Result<String, Error> {
+    const QUERY: &str = "SELECT current_setting($1, true)";
+    let value: Option<String> = database
+        .run(QUERY_LIMIT, async |client| {
+            let row = client
+                .query_typed_one(QUERY, &[(&name, Type::TEXT)])
+                .await?;
+            Ok::<_, Error>(row.try_get(0)?)
+        })
+        .await?;
+    value.ok_or(Error::NotFound)
+}
+
+/// How a request fails.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("there is no such parameter")]
+    NotFound,
+    #[error(transparent)]
+    Unavailable(#[from] Unavailable),
+    #[error("querying")]
+    Query(#[from] tokio_postgres::Error),
+}
+
+/// For the log, not for the caller.
+#[derive(Clone)]
+struct Cause(String);
+
+impl IntoResponse for Error {
+    fn into_response(self) -> Response {
+        let status = match &self {
+            Self::NotFound => StatusCode::NOT_FOUND,
+            Self::Unavailable(Unavailable::NoConnection(_)) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Unavailable(Unavailable::NoAnswer(_)) => StatusCode::GATEWAY_TIMEOUT,
+            Self::Query(error) if is_lost(error) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Query(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        let cause = Cause(format!("{:#}", anyhow!(self)));
+        (status, Extension(cause), status.to_string()).into_response()
+    }
+}
+
+/// The connection has ended while it waited, as when the server restarts.
+fn is_lost(error: &tokio_postgres::Error) -> bool {
+    error.is_closed() || error.code() == Some(&SqlState::ADMIN_SHUTDOWN)
+}
+
+async fn log_cause(State(database): State<Database>, response: Response) -> Response {
+    if let (status, Some(Cause(cause))) = (response.status(), response.extensions().get())
+        && status.is_server_error()
+    {
+        warn!("{status}: {}: {cause}", database.server);
+    }
+    response
+}
+
+/// A pool of connections over TLS that trusts these root certificates, and no others.
+#[derive(Clone)]
+struct Database {
+    pool: Pool,
+    tls: MakeRustlsConnect,
+    server: String,
+}
+
+/// Why the queries of a request have no result, not even an error.
+#[derive(Debug, thiserror::Error)]
+enum Unavailable {
+    #[error("no connection")]
+    NoConnection(#[source] PoolError),
+    #[error("no answer within {0:?}")]
+    NoAnswer(Duration),
+}
+
+impl Database {
+    fn new(mut pg: Config, roots: &Path) -> Result<Self> {
+        let tls = require_tls(&mut pg, roots)?;
+        let server = target(&pg);
+        // For TCP to each address. Without it, a host that is down would take the time of the others.
+        let tcp_limit = *pg.get_connect_timeout().unwrap_or(&Duration::from_secs(2));
+        pg.connect_timeout(tcp_limit);
+        // As long for each host, and once more for DNS, TLS and the log-in.
+        let hosts = pg.get_hosts().len().max(pg.get_hostaddrs().len());
+        let connect_limit = tcp_limit.saturating_mul(hosts as u32 + 1);
+        // The last resort: the server ends a statement that takes too long, or whose client is gone.
+        let limits = "-c statement_timeout=60s -c client_connection_check_interval=1s";
+        let options = pg.get_options().unwrap_or_default();
+        pg.options(format!("{limits} {options}"));
+        let opening = Opening {
+            tls: tls.clone(),
+            server: server.clone(),
+        };
+        let manager = Manager::from_connect(pg, opening, ManagerConfig::default());
+        let pool = Pool::builder(manager)
+            .max_size(CLIENTS)
+            .runtime(Runtime::Tokio1)
+            .wait_timeout(Some(WAIT_LIMIT))
+            .create_timeout(Some(connect_limit))
+            .recycle_timeout(Some(WAIT_LIMIT))
+            .build()?;
+        Ok(Self { pool, tls, server })
+    }
+
+    /// Runs the queries of one request. The limit is theirs alone: waiting for a client has its own
+    /// limit, and so has connecting.
+    ///
+    /// The next request gets the same session. So await every query, use `transaction()` and not
+    /// `BEGIN`, and leave no `SET`, no `LISTEN` and no lock behind.
+    async fn run<R, E: From<Unavailable>>(
+        &self,
+        limit: Duration,
+        queries: impl AsyncFnOnce(&mut Client) -> Result<R, E>,
+    ) -> Result<R, E> {
+        let client = self.client().await.map_err(Unavailable::NoConnection)?;
+        let mut lease = Lease {
+            client: None,
+            patience: Duration::from_millis(20),
+            tls: self.tls.clone(),
+            runtime: Handle::current(),
+        };
+        let client = lease.client.insert(client);
+        let late = |_| Unavailable::NoAnswer(limit);
+        let result = timeout(limit, queries(client)).await.map_err(late)?;
+        match &result {
+            // Back into the pool.
+            Ok(_) => drop(lease.client.take()),
+            // The answer is here, so the session is idle but for a ROLLBACK or two.
+            Err(_) => lease.patience = Duration::from_secs(1),
+        }
+        result
+    }
+
+    async fn client(&self) -> Result<Client, PoolError> {
+        let (send, receive) = oneshot::channel();
+        let Self { pool, server, .. } = self.clone();
+        // In a task: a connection that comes too late for its request serves the next one.
+        tokio::spawn(async move {
+            if let Err(Err(error)) = send.send(pool.get().await) {
+                // The request is gone, and logs nothing.
+                warn!("{server}: no connection: {:#}", anyhow!(error));
+            }
+        });
+        receive.await.unwrap_or(Err(PoolError::Closed))
+    }
+}
+
+/// The client of a request. If the request is late, cancelled or failed, this is dropped with the
+/// client in it, which then keeps its place in the pool until its session is idle or closed. Else each
+/// such request would cost the server a session more, until it lets no one in.
+struct Lease {
+    client: Option<Client>,
+    /// How long the session may take to become idle by itself.
+    patience: Duration,
+    tls: MakeRustlsConnect,
+    runtime: Handle,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Some(client) = self.client.take() {
+            // `tokio::spawn` would panic if the request is dropped outside the runtime.
+            self.runtime
+                .spawn(settle(client, self.patience, self.tls.clone()));
+        }
+    }
+}
+
+/// Returns a client to the pool when its session is idle, or else closes it.
+async fn settle(client: Client, patience: Duration, tls: MakeRustlsConnect) {
+    let is_usable = {
+        // Answered after all before it. It ends a transaction that was left open, and fails in one
+        // that has failed. `ROLLBACK` alone would write a warning into the server's log.
+        let mut idle = pin!(client.batch_execute("BEGIN; ROLLBACK"));
+        match timeout(patience, &mut idle).await {
+            Ok(answer) => answer.is_ok(),
+            Err(_) => {
+                let cancel = async {
+                    if let Err(error) = client.cancel_token().cancel_query(tls).await {
+                        debug!("cancelling a query: {:#}", anyhow!(error));
+                    }
+                    _ = idle.await;
+                };
+                // A pooler may pass no cancel request, and a frozen server does not hear it.
+                _ = timeout(Duration::from_secs(1), cancel).await;
+                // Not used again: the cancel request may come late, and hit the next query.
+                false
+            }
+        }
+    };
+    if is_usable {
+        // After a migration, a statement in the cache would fail for ever.
+        client.statement_cache.clear();
+    } else {
+        drop(Client::take(client));
+    }
+}
+
+/// Opens the connections of the pool.
+struct Opening {
+    tls: MakeRustlsConnect,
+    server: String,
+}
+
+type Opened = Result<(tokio_postgres::Client, JoinHandle<()>), tokio_postgres::Error>;
+
+impl Connect for Opening {
+    fn connect(&self, pg: &Config) -> Pin<Box<dyn Future<Output = Opened> + Send + '_>> {
+        let (mut pg, server) = (pg.clone(), self.server.clone());
+        Box::pin(async move {
+            match fresh_password(&pg).await {
+                Ok(Some(password)) => _ = pg.password(password),
+                Ok(None) => {}
+                // The server refuses the password of the settings if it is not the right one.
+                Err(error) => error!("{server}: {error:#}"),
+            }
+            let (client, connection) = pg.connect(self.tls.clone()).await?;
+            let connection = async move {
+                if let Err(error) = connection.await {
+                    warn!("{server}: lost a connection: {:#}", anyhow!(error));
+                }
+            };
+            Ok((client, tokio::spawn(connection)))
+        })
+    }
+}
+
+/// The password for a new connection, if it is not that of `PG.PASSWORD`: from the file of
+/// `PASSWORD_FILE`, as containers mount secrets. Make an IAM token here, or ask Secrets Manager.
+async fn fresh_password(_pg: &Config) -> Result<Option<String>> {
+    let Some(file) = env::var_os("PASSWORD_FILE") else {
+        return Ok(None);
+    };
+    // The error does not show the value: it may be the password, by mistake.
+    let password = tokio::fs::read_to_string(file).await;
+    let password = password.context("reading the file of PASSWORD_FILE")?;
+    Ok(Some(password.trim_end_matches(['\r', '\n']).to_owned()))
+}
+
+/// Makes `pg` require TLS that trusts the root certificates in a PEM file, and no others.
+fn require_tls(pg: &mut Config, roots: &Path) -> Result<MakeRustlsConnect> {
+    let reading = || format!("reading root certificates from {}", roots.display());
+    let pem = fs::read(roots).with_context(reading)?;
+    let mut store = RootCertStore::empty();
+    for der in CertificateDer::pem_slice_iter(&pem) {
+        // The parser's error would quote the file, which may be a private key.
+        let der = der.ok().context("damaged PEM").with_context(reading)?;
+        store.add(der).with_context(reading)?;
+    }
+    ensure!(!store.is_empty(), "{}: none found", reading());
+    debug!("{}: {} found", reading(), store.len());
+
+    let mut provider = default_provider();
+    // PostgreSQL up to 17 takes P-256 only by default: another group first costs a round trip.
+    provider.kx_groups = vec![kx_group::SECP256R1, kx_group::X25519, kx_group::SECP384R1];
+    let mut tls = ClientConfig::builder_with_provider(provider.into())
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(store)
+        .with_no_client_auth();
+    // `sslnegotiation=direct` needs this ALPN; PostgreSQL before 17 ignores it.
+    tls.alpn_protocols = vec![b"postgresql".to_vec()];
+    // Not `prefer`, the default: it falls back to plaintext if the server says it has no TLS.
+    pg.ssl_mode(SslMode::Require);
+    Ok(MakeRustlsConnect::new(tls))
+}
+
+/// The server, for errors.
+fn target(pg: &Config) -> String {
+    let ports = pg.get_ports();
+    match (pg.get_hosts(), pg.get_hostaddrs()) {
+        ([Host::Tcp(host)], _) => format!("{host}:{}", ports.first().unwrap_or(&5432)),
+        ([], []) => "PG.HOST, which is not set (in a shell, export PG__HOST instead)".into(),
+        ([], addresses) => format!("{addresses:?}, ports {ports:?}"),
+        (hosts, _) => format!("{hosts:?}, ports {ports:?}"),
+    }
+}
+
+/// A field that you add, such as `table: Option<String>`, is read from the variable `TABLE`. `debug!`
+/// in `main` logs every field but the password.
+#[derive(Debug, Deserialize)]
+struct Settings {
+    /// From `PG.<KEYWORD>`, or `PG__<KEYWORD>` in shells. tokio-postgres redacts the password in `Debug`.
+    #[serde(deserialize_with = "from_keywords")]
+    pg: Config,
+    /// From `DB_CA_CERT`: a PEM file with the root certificates to trust. Without it, no TLS.
+    db_ca_cert: Option<PathBuf>,
+}
+
+impl Settings {
+    fn from_env() -> Result<Self> {
+        let (mut vars, mut names) = (HashMap::new(), HashMap::<String, String>::new());
+        for (name, value) in env::vars_os() {
+            let name = name.to_string_lossy().into_owned();
+            let key = name.to_lowercase().replacen("pg__", "pg.", 1);
+            let keyword = key.strip_prefix("pg.");
+            let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+            // config takes a name with other characters, such as a second dot, for a path.
+            let plain = keyword != Some("") && keyword.unwrap_or(&key).chars().all(word);
+            if keyword.is_some() || key == "db_ca_cert" {
+                ensure!(plain, "{name} must be PG.<KEYWORD>");
+                let twin = names.insert(key.clone(), name.clone()).unwrap_or_default();
+                ensure!(twin.is_empty(), "{twin} and {name} set the same option");
+                vars.insert(key.clone(), checked(&name, &key, value)?);
+            } else if plain && key != "pg" {
+                vars.insert(key, value.to_string_lossy().into_owned());
+            }
+        }
+        let tls = vars.contains_key("db_ca_cert");
+        let value = |key| vars.get(key).map_or("", String::as_str);
+        let mode = match (tls, value("pg.sslmode"), value("pg.sslnegotiation")) {
+            (false, _, "direct") => bail!("PG.SSLNEGOTIATION=direct needs DB_CA_CERT"),
+            (false, "" | "disable" | "prefer", _) => "disable",
+            (true, "" | "require" | "verify-full", _) => "require",
+            _ => bail!("PG.SSLMODE must be require or verify-full with DB_CA_CERT, else disable"),
+        };
+        vars.insert("pg.sslmode".into(), mode.into());
+        let vars = config::Environment::default().source(Some(vars));
+        let config = config::Config::builder().add_source(vars).build()?;
+        Ok(config.try_deserialize()?)
+    }
+}
+
+/// A value, unless it seems to hold a secret by mistake. The error must not show it.
+fn checked(name: &str, key: &str, value: OsString) -> Result<String> {
+    let value = value.into_string().unwrap_or_default();
+    let mistake = match key {
+        _ if value.is_empty() => "is empty or not UTF-8",
+        "pg.password" => return Ok(value),
+        _ if value.contains("://") => "must not be a URL",
+        _ if value.to_lowercase().contains("password=") => "must not be a connection string",
+        "db_ca_cert" if value.contains("-----BEGIN") => "must be a path, not PEM text",
+        "pg.host" if value.contains(['@', '=', ' ', '\t', '\n']) => "must be a host name",
+        _ => return Ok(value),
+    };
+    bail!("{name} {mistake}")
+}
+
+/// tokio-postgres's own parser of `keyword='value'` knows, checks and documents every keyword.
+fn from_keywords<'de, D: Deserializer<'de>>(from: D) -> Result<Config, D::Error> {
+    let mut pairs = String::new();
+    for (keyword, value) in HashMap::<String, String>::deserialize(from)? {
+        let value = value.replace('\\', r"\\").replace('\'', r"\'");
+        pairs += &format!("{keyword}='{value}' ");
+    }
+    let parsed = pairs.parse::<Config>();
+    parsed.map_err(|error| D::Error::custom(anyhow!(error).root_cause()))
+}
