@@ -15,12 +15,14 @@ use std::io::Error;
 use std::thread::scope;
 
 use crate::support::fake::{
-    CLEARTEXT_PASSWORD, Fake, WELCOME, Wire, black_hole, message, only_says, own_tls, silence,
-    startup, tls,
+    CLEARTEXT_PASSWORD, Fake, WELCOME, Wire, asleep, black_hole, message, only_says, own_tls,
+    silence, startup, tls,
 };
+use crate::support::page::{between, readme};
 use crate::support::{
     LOCKED, PLAIN, RDS, Run, admin, at, builder, demo, eventually, full, kill, shutting_down,
-    terminate, then_the_good_one, while_the_query_runs, with,
+    terminate, then_the_good_one, waits_for_more_to_recover, while_it_starts, while_the_query_runs,
+    with,
 };
 use local_rds::ENDPOINT;
 use rustix::process::Signal;
@@ -162,7 +164,13 @@ fn every_fault_at_every_point_is_an_error_within_the_time_allowed() {
         };
         run.failed(&[doing]);
     };
+    let asleep = asleep(RDS.port()).port;
+    let page = readme();
+    let limit = between(&page, "env PG.CONNECT_TIMEOUT=", " ");
     scope(|scope| {
+        // A database that wakes up is no fault, if there is time: as much as the page says.
+        scope.spawn(|| at(asleep, &RDS, &[("PG.CONNECT_TIMEOUT", limit)]).succeeded());
+        scope.spawn(|| at(asleep, &RDS, &[]).failed(&[ENDPOINT, "no answer within 10s"]));
         for (with_tls, points) in [
             (true, &POINTS[..]),
             (false, &[Accept, Startup, Password, Query]),
@@ -323,13 +331,17 @@ fn a_server_that_shuts_down_says_so() {
 
 #[test]
 fn a_server_that_starts_up_says_so() {
+    while_it_starts(|vars| {
+        demo(vars).failed(&[ENDPOINT, "FATAL: the database system is starting up"]);
+    });
+}
+
+#[test]
+fn a_server_that_recovers_from_a_crash_says_so() {
     let rds = builder().start().unwrap();
+    let waits = waits_for_more_to_recover(&rds);
     let mut admin = admin(&rds);
-    admin
-        .batch_execute("ALTER SYSTEM SET restore_command = 'sleep 600'")
-        .unwrap();
     admin.query("SELECT pg_reload_conf()", &[]).unwrap();
-    std::fs::write(rds.socket().join("standby.signal"), "").unwrap();
     // After this crash it starts anew, and waits for what the command is to restore.
     let pid: i32 = admin
         .query_one("SELECT pg_backend_pid()", &[])
@@ -342,6 +354,13 @@ fn a_server_that_starts_up_says_so() {
             .contains("database system was interrupted")
     });
     demo(&with(&rds, &[])).failed(&[ENDPOINT, "FATAL: the database system is in recovery mode"]);
+    std::fs::remove_file(waits).unwrap();
+    // It stops sooner then.
+    eventually("it is ready", || {
+        rds.log()
+            .unwrap()
+            .contains("ready to accept read-only connections")
+    });
 }
 
 #[test]
@@ -374,9 +393,9 @@ fn a_process_that_is_killed_while_its_query_runs_is_an_end_without_a_word() {
 #[test]
 fn a_query_that_waits_for_a_lock_has_the_time_allowed_and_no_more() {
     let rds = LOCKED.lock().unwrap();
-    while_the_query_runs(&rds, "3", |_, _| {}).failed(&[
+    while_the_query_runs(&rds, "2", |_, _| {}).failed(&[
         "Error: querying",
         ENDPOINT,
-        "no answer within 6s",
+        "no answer within 4s",
     ]);
 }

@@ -9,7 +9,7 @@
 //! | frozen, terminated, restarted servers         | at most one request fails for each client of the pool     |
 //! | an outage                                     | the log has the status, the host and the cause            |
 //! | a failover, a migration                       | the pool finds the new writer; a client fails once        |
-//! | errors of queries, transactions left half-way | the next request has the same session, as good as new     |
+//! | errors of queries, transactions left half-way | the session goes on to serve, as good as new              |
 //! | SIGTERM, SIGINT                               | running requests are answered, and it ends                |
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -424,7 +424,7 @@ fn as_it_is_it_answers_with_a_status_and_keeps_the_cause_for_the_log() {
 fn a_signal_lets_running_requests_finish_and_ends_it() {
     // Four round trips a second, so that a request takes long.
     let relay = Relay::new(RDS.port(), Duration::from_millis(250)).unwrap();
-    for signal in [Signal::TERM, Signal::INT] {
+    let end = |signal| {
         let mut service = Service::new(&SERVICE, &at_port(relay.port(), &RDS));
         // A caller that keeps its connection open, and one that never asks.
         let mut idle = TcpStream::connect(&service.address).unwrap();
@@ -441,7 +441,8 @@ fn a_signal_lets_running_requests_finish_and_ends_it() {
             service.log()
         );
         assert!(running.answer().ends_with("\r\n\r\n100"));
-    }
+    };
+    scope(|scope| [Signal::TERM, Signal::INT].map(|signal| _ = scope.spawn(move || end(signal))));
 }
 
 /// A request that runs.
@@ -465,35 +466,32 @@ impl Running {
 
 #[test]
 fn offered_more_than_it_carries_it_answers_as_many_as_it_can() {
-    // A round trip of 0.2 s and four clients: 20 answers a second, whoever asks.
-    let relay = Relay::new(RDS.port(), Duration::from_millis(200)).unwrap();
-    let service = Service::new(&SERVICE, &at_port(relay.port(), &RDS));
-    for _ in 0..2 {
-        scope(|scope| (0..SIZE).for_each(|_| _ = scope.spawn(|| service.setting("port").unwrap())));
-    }
-    let time = Duration::from_secs(4);
-    for times in [3, 25] {
-        let [answered, refused] = callers(20 * times, time, || {
+    let offer = |times: usize| {
+        // A round trip of 0.2 s and four clients: 20 answers a second, whoever asks.
+        let relay = Relay::new(RDS.port(), Duration::from_millis(200)).unwrap();
+        let service = Service::new(&SERVICE, &at_port(relay.port(), &RDS));
+        let ask = || {
             let answer = service.setting("max_connections");
             assert!(matches!(answer, Ok(_) | Err(503)), "{answer:?}");
             answer.is_ok()
-        });
-        // The callers come at once, and are 25 times what is carried: the rest is told so.
+        };
+        // Opens all connections.
+        callers(SIZE, Duration::from_secs(1), ask);
+        // All callers come at once, and 20 times as many as there are a second.
+        let [answered, refused] = callers(20 * times, Duration::from_secs(3), ask);
         assert!(
-            answered >= 64,
-            "{answered} answers in {time:?}, of 80 at most; {refused} refused"
+            answered >= 48,
+            "{answered} answers, of 60 at most; {refused} refused"
         );
         assert!(times == 3 || refused > 0);
-    }
-    assert_eq!(relay.round_trips().len(), SIZE, "no connection was lost");
-    // And then it is as good as new.
-    let start = Instant::now();
-    service.setting("port").unwrap();
-    let trips = start.elapsed().as_millis() / 200;
-    assert!(
-        trips < 5,
-        "{trips} round trips for a request after all others"
-    );
+        // And then it is as good as new.
+        assert!(ask());
+        assert_eq!(relay.round_trips().len(), SIZE, "no connection was lost");
+        eventually("each refusal is in the log", || {
+            service.log().matches("503 Service Unavailable").count() >= refused
+        });
+    };
+    scope(|scope| [3, 25].map(|times| _ = scope.spawn(move || offer(times))));
 }
 
 #[test]
@@ -501,7 +499,7 @@ fn callers_that_hang_up_limits_that_are_short_and_overload_make_no_more_sessions
     let rds = builder().start().unwrap();
     let service = Service::new(&COPY, &with(&rds, &[]));
     let slow = "SELECT pg_sleep(5)::text";
-    let time = Duration::from_secs(2);
+    let time = Duration::from_millis(1500);
     for (what, call) in [
         (
             "hang up",
@@ -760,25 +758,22 @@ fn an_error_costs_no_connection_and_leaves_nothing_behind() {
     let rds = builder().start().unwrap();
     tables(&rds);
     let service = Service::new(&COPY, &with(&rds, &[]));
-    let pid = || {
-        service
-            .sql("typed", 5000, "SELECT pg_backend_pid()::text")
-            .unwrap()
-    };
     let count = || {
         service
             .sql("typed", 5000, "SELECT count(*)::text FROM half_way")
             .unwrap()
     };
-    let session = pid();
+    let first = sessions(&rds);
     for form in ["typed", "query", "cached", "transaction"] {
         assert_eq!(service.sql(form, 5000, "SELECT (1 / 0)::text"), Err(500));
-        assert_eq!(
-            (pid(), count()),
-            (session.clone(), "0".to_owned()),
-            "{form}"
-        );
+        assert_eq!(count(), "0", "{form}");
     }
+    // While a session is asked whether it is idle, another one may serve.
+    let now = sessions(&rds);
+    assert!(
+        now.len() <= 2 && first.iter().all(|pid| now.contains(pid)),
+        "{first:?}, {now:?}"
+    );
     // A transaction by hand that is left open, or that has failed, or queries that nobody waits for.
     for (form, status) in [
         ("begin, then an error of ours", 404),
@@ -835,13 +830,13 @@ fn on_a_warm_pool_a_request_takes_the_round_trips_of_its_queries_and_no_more() {
 fn a_connection_that_is_late_for_one_request_serves_the_next() {
     // Connecting takes six round trips: longer than any caller waits.
     let rds = builder().start().unwrap();
-    let relay = Relay::new(rds.port(), Duration::from_millis(200)).unwrap();
+    let relay = Relay::new(rds.port(), Duration::from_millis(150)).unwrap();
     let service = Service::new(&SERVICE, &at_port(relay.port(), &rds));
     terminate_sessions(&rds);
     eventually("it has noticed", || {
         service.log().contains("lost a connection")
     });
-    let call = || service.call("settings/port", None, Duration::from_millis(800));
+    let call = || service.call("settings/port", None, Duration::from_millis(600));
     assert_eq!(call(), None);
     let works = (0..5).any(|_| call().is_some());
     assert!(works, "each request begins to connect anew");
@@ -926,7 +921,7 @@ fn begun(runtime: &tokio::runtime::Runtime, database: &Database) -> Pin<Box<dyn 
         let limit = Duration::from_secs(60);
         database.run(limit, async |client| Ok(client.batch_execute(SLEEP).await?)).await
     });
-    let polled = runtime.block_on(async { timeout(Duration::from_secs(1), &mut request).await });
+    let polled = runtime.block_on(async { timeout(Duration::from_millis(300), &mut request).await });
     assert!(polled.is_err(), "{polled:?}");
     request
 }

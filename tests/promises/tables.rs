@@ -267,7 +267,10 @@ fn logged_by_services() -> BTreeMap<&'static str, String> {
 
 #[test]
 fn its_table_of_errors_has_the_words_of_errors_that_happen() {
-    let mut provoked = provoked();
+    let (mut provoked, mut logged) = std::thread::scope(|scope| {
+        let logged = scope.spawn(logged_by_services);
+        (provoked(), logged.join().unwrap())
+    });
     let without_pam = !provoked.contains_key(PAM);
     let [errors, of_services] = <[_; 2]>::try_from(tables("When it does not work"))
         .ok()
@@ -304,7 +307,6 @@ fn its_table_of_errors_has_the_words_of_errors_that_happen() {
         "provoked, but without a row in the table of errors: {missing:?}"
     );
 
-    let mut logged = logged_by_services();
     for Row { line, cells } in of_services {
         assert_eq!(
             cells.len(),

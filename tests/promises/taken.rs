@@ -79,7 +79,7 @@ fn query_takes_a_transaction_and_several_queries_and_settings_take_a_field() {
     let shown = format!(r#"{log} info!("table: {{:?}}", settings.table);"#);
     let program = replaced(&program, log, &shown);
     let limit = "let query_limit = connect_limit;";
-    let program = replaced(&program, limit, "let query_limit = Duration::from_secs(6);");
+    let program = replaced(&program, limit, "let query_limit = Duration::from_secs(4);");
     let copy = new_project("query", &program, "");
     let run = |change: &[(&str, &str)]| run_of(&copy, &with(&RDS, change));
 
@@ -102,7 +102,7 @@ fn query_takes_a_transaction_and_several_queries_and_settings_take_a_field() {
     std::thread::scope(|scope| {
         // The queries have a limit of their own, and connecting keeps its own.
         scope.spawn(|| answer(run(&[two_seconds, shorter])));
-        scope.spawn(|| run(&[longer]).failed(&[&querying, "no answer within 6s"]));
+        scope.spawn(|| run(&[longer]).failed(&[&querying, "no answer within 4s"]));
         // All around it is as before, such as the reason why a connection was closed, under an error of one's own.
         let terminated = scope.spawn(|| run(&[longer, application]));
         let terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity

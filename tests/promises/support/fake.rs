@@ -4,15 +4,17 @@ use std::future::Future;
 use std::net::Ipv4Addr;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use super::{eventually, file};
 use local_rds::{Authority, ENDPOINT, KeyType, ServerCertificate};
 use rustls::ServerConfig;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use tempfile::TempPath;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy_bidirectional};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::runtime::{Builder, Handle};
+use tokio::time::sleep;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::io::InspectReader;
 
@@ -83,6 +85,16 @@ pub fn only_says(answer: &'static [u8]) -> Fake {
     })
 }
 
+/// A server that answers each client only after 15 s, as an express cluster that has paused.
+pub fn asleep(port: u16) -> Fake {
+    Fake::new(move |mut wire| async move {
+        sleep(Duration::from_secs(15)).await;
+        let mut server = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await?;
+        copy_bidirectional(&mut wire, &mut server).await?;
+        Ok(())
+    })
+}
+
 /// Reads what comes until the client has had enough, and says no more.
 pub async fn silence(mut wire: impl AsyncRead + Unpin) -> std::io::Result<()> {
     let mut buffer = [0; 1024];
@@ -145,7 +157,7 @@ pub fn black_hole() -> (u16, TcpListener, Vec<TcpStream>) {
         let listener = socket.listen(0).unwrap();
         let address = listener.local_addr().unwrap();
         let mut waiting = Vec::new();
-        let limit = std::time::Duration::from_millis(500);
+        let limit = Duration::from_millis(500);
         while let Ok(stream) = tokio::time::timeout(limit, TcpStream::connect(address)).await {
             waiting.push(stream.unwrap());
         }

@@ -5,7 +5,7 @@ pub mod page;
 pub mod world;
 
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -226,22 +226,28 @@ pub fn shutting_down() -> (LocalRds, Client) {
     (rds, session)
 }
 
-/// Has something done with the variables of a server that is starting up.
-pub fn while_it_starts<R>(done: impl FnOnce(&[Var]) -> R) -> R {
-    let mut rds = builder().start().unwrap();
-    let vars = with(&rds, &[]);
-    let log = rds.socket().with_file_name("log");
-    // A standby asks this command for more to recover before it is ready.
-    let waits = rds.socket().join("waits");
+/// Makes a server wait, when it starts again, until this file is gone.
+pub fn waits_for_more_to_recover(rds: &LocalRds) -> PathBuf {
+    let [waits, standby] = ["waits", "standby.signal"].map(|name| rds.socket().join(name));
+    // A standby asks this command for more to recover.
     let command = format!(
         "while test -e \"{}\"; do sleep 0.1; done; false",
         waits.display()
     );
     let sql = format!("ALTER SYSTEM SET restore_command = '{command}'");
-    admin(&rds).batch_execute(&sql).unwrap();
-    for file in [&waits, &rds.socket().join("standby.signal")] {
+    admin(rds).batch_execute(&sql).unwrap();
+    for file in [&waits, &standby] {
         std::fs::write(file, "").unwrap();
     }
+    waits
+}
+
+/// Has something done with the variables of a server that is starting up.
+pub fn while_it_starts<R>(done: impl FnOnce(&[Var]) -> R) -> R {
+    let mut rds = builder().start().unwrap();
+    let vars = with(&rds, &[]);
+    let log = rds.socket().with_file_name("log");
+    let waits = waits_for_more_to_recover(&rds);
     std::thread::scope(|scope| {
         let restart = scope.spawn(|| rds.restart());
         eventually("it starts", || {

@@ -3,23 +3,17 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
-use std::time::Duration;
 
 use super::admin;
-use super::fake::Fake;
 use super::page::PROJECT;
 use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds};
 use tempfile::TempDir;
-use tokio::io::copy_bidirectional;
-use tokio::net::TcpStream;
 
 /// The servers, and a folder to run the commands in.
 pub struct World {
     /// The project, in which the roots of the servers take the place of some of RDS, and the commands that stand in for others.
     pub folder: TempDir,
-    /// Asleep at first.
-    express: Fake,
-    _awake: LocalRds,
+    express: LocalRds,
     forced: LocalRds,
     writer: LocalRds,
     reader: LocalRds,
@@ -40,8 +34,7 @@ impl World {
         let writer = server(&certificate.unwrap()).start().unwrap();
         let reader = writer.standby().unwrap();
         let token = forced.iam_token();
-        let (awake, other_root) = express(&token);
-        let express = asleep(awake.port());
+        let (express, other_root) = express(&token);
 
         // The project, but for one root of each file, whose place the authority of the servers takes.
         let folder = TempDir::new().unwrap();
@@ -98,7 +91,6 @@ impl World {
         Self {
             folder,
             express,
-            _awake: awake,
             forced,
             writer,
             reader,
@@ -116,7 +108,7 @@ impl World {
         match state {
             "variables" => (String::new(), String::new()),
             "rds.force_ssl=1" | "iam" | "sql" => one(self.forced.port()),
-            "express" => one(self.express.port),
+            "express" => one(self.express.port()),
             "cluster" => {
                 let ports = format!("{},{}", self.reader.port(), self.writer.port());
                 ("127.0.0.1,127.0.0.1".to_owned(), ports)
@@ -152,17 +144,4 @@ fn express(token: &str) -> (LocalRds, String) {
         .batch_execute("GRANT rds_iam TO postgres")
         .unwrap();
     (rds, authority.root().to_owned())
-}
-
-/// A server that gives its first client no answer for 15 s, as an express cluster that has paused.
-pub fn asleep(port: u16) -> Fake {
-    let wakes = tokio::sync::OnceCell::const_new();
-    let wakes: &'static _ = Box::leak(Box::new(wakes));
-    Fake::new(move |mut wire| async move {
-        let waking = || tokio::time::sleep(Duration::from_secs(15));
-        wakes.get_or_init(waking).await;
-        let mut server = TcpStream::connect(("127.0.0.1", port)).await?;
-        copy_bidirectional(&mut wire, &mut server).await?;
-        Ok(())
-    })
 }
