@@ -205,9 +205,7 @@ fn a_value_out_of_its_range_or_not_of_its_kind_is_refused() {
         for value in values {
             let keyword = name[3..].to_lowercase();
             let run = demo(&with(&RDS, &[(name, value)]));
-            run.failed(&[&format!(
-                "invalid value for option `{keyword}` for key `pg`"
-            )]);
+            run.failed(&[&format!("invalid value for option `{keyword}`")]);
             assert!(
                 !run.output.contains(ENDPOINT),
                 "it is no more than read: {}",

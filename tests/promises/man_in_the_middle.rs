@@ -13,7 +13,7 @@ use std::io::Error;
 use crate::support::fake::{
     CLEARTEXT_PASSWORD, Fake, SSL_REQUEST, Wire, acceptor, message, silence, startup, tls,
 };
-use crate::support::{RDS, at, builder, demo, with};
+use crate::support::{RDS, at, builder, demo, eventually, with};
 use local_rds::{Authority, ENDPOINT, KeyType, LocalRds};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa};
 use time::{Duration, OffsetDateTime};
@@ -116,7 +116,14 @@ fn a_wrong_certificate_is_refused_for_what_is_wrong_with_it() {
         let run = demo(&with(&rds, &[]));
         match why {
             "" => run.succeeded(),
-            why => run.failed(&[ENDPOINT, "error performing TLS handshake", why]),
+            why => {
+                run.failed(&[ENDPOINT, "error performing TLS handshake", why]);
+                eventually("the server has logged the end", || {
+                    rds.log()
+                        .unwrap()
+                        .contains("could not accept SSL connection")
+                });
+            }
         }
         assert!(!rds.log().unwrap().contains("throwaway"));
     };
@@ -195,11 +202,10 @@ fn tls_1_1_is_refused() {
         .start()
         .unwrap();
     demo(&with(&rds, &[])).failed(&[ENDPOINT, "received fatal alert: ProtocolVersion"]);
-    assert!(
-        rds.log().unwrap().contains("unsupported protocol"),
-        "{}",
-        rds.log().unwrap()
-    );
+    // The server writes it when the client has gone.
+    eventually("the log says why", || {
+        rds.log().unwrap().contains("unsupported protocol")
+    });
 }
 
 /// A relay to the real server with another certificate from the same authority, as a thief of an

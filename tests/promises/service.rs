@@ -23,9 +23,12 @@ use std::thread::{scope, sleep, spawn};
 use std::time::{Duration, Instant};
 
 use crate::failover::hosts;
-use crate::support::fake::{Fake, black_hole, silence};
+use crate::support::fake::{
+    CLEARTEXT_PASSWORD, Fake, black_hole, message, own_tls, silence, startup, tls,
+};
 use crate::support::page::{
-    between, example, new_project, program, replaced, section, take, target,
+    MORE_LOCKED, between, build, example, manifest, new_project, program, replaced, section, take,
+    target,
 };
 use crate::support::{
     RDS, Var, admin, at_port, builder, changed, eventually, file, kill, run_of, terminate,
@@ -33,6 +36,7 @@ use crate::support::{
 };
 use local_rds::{ENDPOINT, LocalRds, Relay};
 use rustix::process::Signal;
+use tokio::io::AsyncWriteExt;
 
 /// The size of its pool.
 const SIZE: usize = 4;
@@ -1003,15 +1007,64 @@ fn the_database_of_another_program_panics_neither_outside_the_runtime_nor_at_its
 }
 
 #[test]
+#[ignore = "builds the AWS SDK, which takes minutes"]
+fn with_the_code_of_the_page_it_logs_in_with_an_iam_token() {
+    let section = section("IAM tokens");
+    let [code, more] = ["```rust\n", "```toml\n"].map(|start| between(&section, start, "```"));
+    let code = replaced(&example(), &take(&example(), "fresh_password"), code);
+    let more = manifest("service-iam", &format!("{}{more}", dependencies()));
+    let program = build("service-iam", &code, &more, MORE_LOCKED, &[]);
+
+    let (acceptor, roots) = own_tls();
+    let (heard, token) = std::sync::mpsc::channel();
+    let fake = Fake::new(move |wire| {
+        let (acceptor, heard) = (acceptor.clone(), heard.clone());
+        async move {
+            let mut wire = tls(wire, &acceptor).await?;
+            startup(&mut wire).await?;
+            wire.write_all(CLEARTEXT_PASSWORD).await?;
+            wire.flush().await?;
+            let (_, password) = message(&mut wire).await?;
+            heard.send(String::from_utf8(password).unwrap()).unwrap();
+            Ok(())
+        }
+    });
+    let port = fake.port.to_string();
+    let vars = with(
+        &RDS,
+        &[
+            ("PG.PORT", &*port),
+            ("PG.USER", "iam_user"),
+            ("PG.PASSWORD", ""),
+            ("DB_CA_CERT", roots.to_str().unwrap()),
+            ("AWS_REGION", "ca-central-1"),
+            ("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE"),
+            ("AWS_SECRET_ACCESS_KEY", "made-up"),
+        ],
+    );
+    run_of(&program, &vars).failed(&["asking", "connection closed"]);
+    let token = token.recv().unwrap();
+    let start = format!("{ENDPOINT}:{port}/?Action=connect&DBUser=iam_user&");
+    assert!(token.starts_with(&start), "{token}");
+    for part in [
+        "AKIAEXAMPLE%2F",
+        "%2Fca-central-1%2Frds-db%2Faws4_request",
+        "&X-Amz-Signature=",
+    ] {
+        assert!(token.contains(part), "{token}");
+    }
+}
+
+#[test]
 fn the_dependencies_that_the_page_adds_are_those_that_the_tests_have() {
     let manifest = std::fs::read_to_string("Cargo.toml").unwrap() + "\n";
     let ours = between(&manifest, "[dev-dependencies]\n", "\n\n");
     for line in dependencies().lines() {
         // The tests need more of tokio.
-        match line.split_once(" = { version = \"1.54\", features = [") {
+        match line.split_once(" = { version = \"1.51\", features = [") {
             Some(("tokio", features)) => {
                 let (_, all) = ours
-                    .split_once("\ntokio = { version = \"1.54\", features = [")
+                    .split_once("\ntokio = { version = \"1.51\", features = [")
                     .unwrap();
                 let all = all.lines().next().unwrap();
                 for feature in features.trim_end_matches("] }").split(", ") {

@@ -95,7 +95,13 @@ pub fn take(code: &str, function: &str) -> String {
 /// A new project with this code and what the README says to copy from `Cargo.toml`, built as it says. A dependency
 /// of `more` takes the place of ours with the same name.
 pub fn new_project(name: &str, main: &str, more: &str) -> PathBuf {
-    build(name, main, &manifest(name, more), &["--offline"])
+    build(
+        name,
+        main,
+        &manifest(name, more),
+        "Cargo.lock",
+        &["--offline"],
+    )
 }
 
 /// The manifest of that project.
@@ -114,17 +120,23 @@ pub fn manifest(name: &str, more: &str) -> String {
     )
 }
 
-/// Builds a project with this code, this manifest and our lock file; a warning is an error.
-pub fn build(name: &str, main: &str, manifest: &str, options: &[&str]) -> PathBuf {
+/// The lock file of the projects that need more than ours has.
+pub const MORE_LOCKED: &str = "tests/promises/more.lock";
+
+/// Builds a project with this code, this manifest and this lock file.
+pub fn build(name: &str, main: &str, manifest: &str, lock: &str, options: &[&str]) -> PathBuf {
     let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     fs::create_dir_all(project.join("src")).unwrap();
     fs::write(project.join("src/main.rs"), main).unwrap();
     fs::write(project.join("Cargo.toml"), manifest).unwrap();
-    fs::copy("Cargo.lock", project.join("Cargo.lock")).unwrap();
+    fs::copy(lock, project.join("Cargo.lock")).unwrap();
+    // A warning is an error where the compiler is one whose lints are known.
+    let deny = ["--", "-D", "warnings"];
+    let lints = std::env::var_os("DENY_WARNINGS").map_or(&[][..], |_| &deny);
     let built = std::process::Command::new(env!("CARGO"))
         .args(["rustc", "-q"])
         .args(options)
-        .args(["--", "-D", "warnings"])
+        .args(lints)
         .current_dir(&project)
         .env_clear()
         .envs(environment())
