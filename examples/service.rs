@@ -62,12 +62,16 @@ fn main() -> Result<()> {
 
 /// Serves until it is told to end.
 async fn serve(pg: Config, roots: &Path) -> Result<()> {
+    let mut told_to_end = pin!(told_to_end()?);
     // A mistake in the settings is to end the service here, rather than to fail every request.
     fresh_password(&pg).await?;
     let database = Database::new(pg, roots).context("reading the file of DB_CA_CERT")?;
-    let ask = async |client: &mut Client| Ok(client.batch_execute("SELECT").await?);
-    let asked: Result<()> = database.run(QUERY_LIMIT, ask).await;
-    asked.with_context(|| format!("asking {}", database.server))?;
+    let ask = async |client: &mut Client| anyhow::Ok(client.batch_execute("SELECT").await?);
+    tokio::select! {
+        asked = database.run(QUERY_LIMIT, ask) => asked,
+        () = &mut told_to_end => return Ok(()),
+    }
+    .with_context(|| format!("asking {}", database.server))?;
 
     let listen = match env::var("LISTEN") {
         Err(env::VarError::NotPresent) => "127.0.0.1:3000".into(),
@@ -86,7 +90,7 @@ async fn serve(pg: Config, roots: &Path) -> Result<()> {
     let serving =
         axum::serve(listener, service).with_graceful_shutdown(async { _ = stopped.await });
     let serving = tokio::spawn(serving.into_future());
-    told_to_end().await?;
+    told_to_end.await;
     info!("ending, after the requests that run");
     drop(stop);
     if timeout(END_LIMIT, serving).await.is_err() {
@@ -95,16 +99,26 @@ async fn serve(pg: Config, roots: &Path) -> Result<()> {
     Ok(())
 }
 
-/// SIGINT and SIGTERM, which containers send, or what Windows has in their place.
-async fn told_to_end() -> Result<()> {
+/// Waits for SIGINT or SIGTERM, which containers send, or for what Windows has in their place.
+fn told_to_end() -> io::Result<impl Future<Output = ()>> {
     #[cfg(unix)]
-    let mut terminate = signal::unix::signal(signal::unix::SignalKind::terminate())?;
+    use signal::unix::{SignalKind, signal};
+    #[cfg(unix)]
+    let (mut interrupt, mut terminate) = (
+        signal(SignalKind::interrupt())?,
+        signal(SignalKind::terminate())?,
+    );
     #[cfg(windows)]
-    let mut terminate = signal::windows::ctrl_shutdown()?;
-    tokio::select! {
-        interrupted = signal::ctrl_c() => Ok(interrupted?),
-        _ = terminate.recv() => Ok(()),
-    }
+    let (mut interrupt, mut terminate) = (
+        signal::windows::ctrl_c()?,
+        signal::windows::ctrl_shutdown()?,
+    );
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    })
 }
 
 /// `GET /settings/{name}`: the value of a parameter, such as `max_connections`.
@@ -236,7 +250,7 @@ impl Database {
         match &result {
             // Back into the pool.
             Ok(_) => drop(lease.client.take()),
-            // The answer is here, so the session is idle but for a ROLLBACK or two.
+            // Most likely the session is idle, and only the way to a server far away takes time.
             Err(_) => lease.patience = Duration::from_secs(1),
         }
         result

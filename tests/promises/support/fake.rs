@@ -67,6 +67,11 @@ impl Fake {
         Self { port, heard }
     }
 
+    /// Whether a client has come.
+    pub fn has_a_client(&self) -> bool {
+        !self.heard.lock().unwrap().is_empty()
+    }
+
     /// All that each client has sent, once all of them are gone.
     pub fn heard(&self) -> Vec<Vec<u8>> {
         // Every connection holds the record, besides this and the listener.
