@@ -1,7 +1,7 @@
 //! A look-up of the host's name that gets no answer ends at the limit, and so does the process.
 
 use std::process::Command;
-use std::thread::spawn;
+use std::thread::scope;
 use std::time::{Duration, Instant};
 
 use crate::service::SERVICE;
@@ -13,7 +13,7 @@ ip link set lo up && ip route add 192.0.2.0/24 dev lo && mount --bind \"$0\" /et
 
 /// How long this takes to fail, and its error. None where the system does not let it make a network.
 fn timed(command: &[&str]) -> Option<(Duration, String)> {
-    // The program's look-up gives up after 4 s, twice its limit; that of getent after 8 s.
+    // A look-up gives up after 4 s, twice the limit.
     let resolvers =
         file("nameserver 192.0.2.1\nnameserver 192.0.2.2\noptions timeout:2 attempts:1\n");
     let run = |command: &[&str]| {
@@ -40,37 +40,35 @@ fn timed(command: &[&str]) -> Option<(Duration, String)> {
 
 #[test]
 fn dns_that_never_answers_ends_at_the_limit_and_the_process_is_gone_then() {
-    let resolver = spawn(|| timed(&["getent", "hosts", "db.example"]));
     let ends = |program: &str, expected: &[&str]| {
-        let variables = ["PG.HOST=db.example", "PG.CONNECT_TIMEOUT=1"];
+        let host = ["PG.HOST=db.example", "PG.CONNECT_TIMEOUT=1", "PG.USER=u"];
         let roots = "DB_CA_CERT=ca-certificates/global-bundle.pem";
-        let timed = timed(&[
-            "env",
-            variables[0],
-            variables[1],
-            roots,
-            "PG.USER=u",
-            program,
-        ]);
-        timed.inspect(|(_, error)| {
+        let timed = timed(&[&["env"], &host[..], &[roots, program]].concat());
+        timed.map(|(time, error)| {
             for words in expected {
                 assert!(error.contains(words), "no {words:?}: {error}");
             }
+            time
         })
     };
-    let program = ["connecting to db.example:5432: no answer within 2s"];
-    let service = [
+    let limit = "connecting to db.example:5432: no answer within 2s";
+    let service = SERVICE.to_str().unwrap();
+    let asking = [
         "asking db.example:5432",
         "Timeout occurred while creating a new object",
     ];
-    let Some((program, _)) = ends(PROGRAM, &program) else {
+    let (resolver, times) = scope(|scope| {
+        let program = scope.spawn(|| ends(PROGRAM, &[limit]));
+        let service = scope.spawn(|| ends(service, &asking));
+        let resolver = timed(&["getent", "ahosts", "db.example"]);
+        (resolver, [program, service].map(|run| run.join().unwrap()))
+    });
+    let Some((resolver, _)) = resolver else {
         return;
     };
-    let (service, _) = ends(SERVICE.to_str().unwrap(), &service).unwrap();
-    let (resolver, _) = resolver.join().unwrap().unwrap();
-    for time in [program, service] {
+    for time in times {
         assert!(
-            time < resolver,
+            time.unwrap() < resolver,
             "{time:?}, and the resolver gives up after {resolver:?}"
         );
     }
