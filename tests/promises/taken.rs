@@ -12,6 +12,7 @@ use crate::support::page::{between, new_project, program, replaced, section, tak
 use crate::support::{PLAIN, RDS, Run, admin, run_of, vars, with};
 use local_rds::{ENDPOINT, PASSWORD};
 use tokio::io::AsyncWriteExt;
+use tokio_postgres::Config;
 
 #[test]
 fn the_whole_program_connects_over_tls_and_ends_on_a_silent_server() {
@@ -92,7 +93,12 @@ fn query_takes_a_transaction_and_several_queries_and_settings_take_a_field() {
         run.output
     };
     assert!(answer(run(&[])).contains("table: None"));
-    assert!(answer(run(&[("TABLE", "orders")])).contains(r#"table: Some("orders")"#));
+    let shown = answer(run(&[("TABLE", "orders")]));
+    assert!(shown.contains(r#"table: Some("orders")"#));
+    // At debug, which people should know.
+    for words in [r#", table: Some("orders") }"#, "with parameters: [3]"] {
+        assert!(shown.contains(words), "no {words} in {shown}");
+    }
 
     run(&[("SLEEP", "x")]).failed(&["querying", "invalid float literal"]);
     let [shorter, longer] = [("SLEEP", "2.5"), ("SLEEP", "60")];
@@ -140,6 +146,15 @@ fn require_tls_alone_requires_it_of_a_config_from_a_connection_string() {
     let imports = between(&page, "```rust\n", "```");
     let program = format!("{imports}{OWN}\n{}", take(&program(), "require_tls"));
     let copy = new_project("require-tls", &program, "");
+    // What the page says of URLs.
+    for option in ["sslmode=verify-full", "sslrootcert=system"] {
+        let url = format!("postgres://u:p@h/d?{option}").parse::<Config>();
+        assert!(url.is_err(), "{option}: {url:?}");
+    }
+    let token = RDS.iam_token();
+    let raw = format!("postgres://iam_user:{token}@h/d").parse::<Config>();
+    assert!(raw.is_err() || raw.unwrap().get_password() != Some(token.as_bytes()));
+
     let run = |port: u16, mode: &str, roots: &str| {
         let url = format!(
             "postgres://postgres:{PASSWORD}@{ENDPOINT}:{port}/postgres?hostaddr=127.0.0.1{mode}"

@@ -22,6 +22,7 @@ pub fn environment() -> Variables {
         "HOME",
         "CARGO_HOME",
         "RUSTUP_HOME",
+        "RUSTUP_TOOLCHAIN",
         "LOCAL_RDS_BIN",
         "TMPDIR",
     ];
