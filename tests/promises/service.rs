@@ -1022,6 +1022,19 @@ fn the_database_of_another_program_panics_neither_outside_the_runtime_nor_at_its
     let (_, database) = example
         .split_once("/// A pool of connections over TLS")
         .unwrap();
+    // As the page says for RDS Proxy and PgBouncer.
+    let section = section("Take it into your project");
+    let first = "let limits";
+    let last = between(
+        &section,
+        &format!("Delete the lines from `{first}` to `"),
+        "`",
+    );
+    let lines: Vec<_> = database.split_inclusive('\n').collect();
+    let of = |words: &str| lines.iter().position(|line| line.contains(words)).unwrap();
+    let database = [&lines[..of(first)], &lines[of(last) + 1..]]
+        .concat()
+        .concat();
     let code = format!("{OWN}\n/// A pool of connections over TLS{database}");
     let program = new_project("service-database", &code, dependencies());
     let rds = builder().start().unwrap();
