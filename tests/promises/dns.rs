@@ -4,7 +4,7 @@ use std::process::Command;
 use std::thread::scope;
 use std::time::{Duration, Instant};
 
-use crate::service::SERVICE;
+use crate::support::service::SERVICE;
 use crate::support::{PROGRAM, file};
 
 /// The program in a network of its own, whose two DNS servers never answer: their addresses lead nowhere.

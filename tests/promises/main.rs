@@ -12,6 +12,7 @@ mod readme;
 mod roots;
 mod round_trips;
 mod service;
+mod service_taken;
 mod settings;
 mod soak;
 mod support;

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-use crate::service::{SERVICE, log_of_a_bad_day};
+use crate::service::log_of_a_bad_day;
 use crate::support::fake::{Fake, black_hole, only_says, own_tls, silence, startup, tls};
 use crate::support::page::{quoted, readme};
+use crate::support::service::SERVICE;
 use crate::support::{
     KEYWORDS, RDS, Run, Var, at, builder, demo, file, full, run_of, vars, while_it_starts, with,
 };

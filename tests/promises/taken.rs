@@ -1,11 +1,11 @@
 //! What people take from the program, as the README says and without a change, keeps its promises in a project of
 //! their own.
 //!
-//! | taken              | and then                                                                        |
-//! |--------------------|---------------------------------------------------------------------------------|
-//! | the whole program  | a setting is added; a transaction, several queries and `?` on any error go into `query` |
-//! | `require_tls`      | a `Config` from a connection string that says nothing of `sslmode`              |
-//! | the service        | see [`super::service`]                                                          |
+//! | taken             | and then                                                                                         |
+//! |-------------------|--------------------------------------------------------------------------------------------------|
+//! | the whole program | a setting is added; a transaction, several queries and `?` on any error are written into `query` |
+//! | `require_tls`     | a `Config` from a connection string that says nothing of `sslmode`                               |
+//! | the service       | see [`super::service_taken`]                                                                     |
 
 use crate::support::fake::{CLEARTEXT_PASSWORD, Fake, SSL_REQUEST, silence, startup};
 use crate::support::page::{between, new_project, program, replaced, section, take};

@@ -2,6 +2,7 @@
 
 pub mod fake;
 pub mod page;
+pub mod service;
 pub mod world;
 
 use std::ffi::{OsStr, OsString};
