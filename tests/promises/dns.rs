@@ -66,9 +66,10 @@ fn dns_that_never_answers_ends_at_the_limit_and_the_process_is_gone_then() {
     let Some((resolver, _)) = resolver else {
         return;
     };
-    for time in times {
+    for time in times.map(Option::unwrap) {
+        // Not as long as the look-up, nor nearly.
         assert!(
-            time.unwrap() < resolver,
+            time.mul_f64(1.25) < resolver,
             "{time:?}, and the resolver gives up after {resolver:?}"
         );
     }

@@ -550,13 +550,13 @@ fn an_error_costs_no_connection_and_leaves_nothing_behind() {
 fn a_server_far_away_keeps_its_connection_after_an_error() {
     let relay = Relay::new(RDS.port(), Duration::from_millis(100)).unwrap();
     let service = Service::new(&COPY, &at_port(relay.port(), &RDS));
-    for _ in 0..5 {
+    for _ in 0..10 {
         assert_eq!(service.sql("typed", 5000, "SELECT (1 / 0)::text"), Err(500));
     }
     service.works(1);
-    // As many as the pool may have: while one session is asked whether it is idle, another serves.
+    // While one session is asked whether it is idle, others serve; none is closed, and none is cancelled.
     let connections = relay.round_trips().len();
-    assert!(connections <= 2, "{connections} connections");
+    assert!(connections <= SIZE, "{connections} connections");
 }
 
 #[test]
