@@ -117,10 +117,8 @@ fn as_it_is_it_answers_with_a_status_and_keeps_the_cause_for_the_log() {
             })
         });
     };
-    logged(
-        "500 Internal Server Error",
-        "querying: db error: ERROR: must be superuser",
-    );
+    logged("500 Internal Server Error", "querying: db error: ERROR: ");
+    logged("500 Internal Server Error", "\"data_directory\"");
     assert!(!service.log().contains("404"), "{}", service.log());
 
     let frozen = sessions(&rds);
