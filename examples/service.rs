@@ -14,21 +14,24 @@ use std::collections::HashMap;
 use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::pin::{Pin, pin};
-use std::{env, ffi::OsString, fs, time::Duration};
+use std::{env, ffi::OsString, fs, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use axum::extract::{self, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Router, middleware::map_response_with_state, routing::get};
-use deadpool_postgres::{Client, Connect, Manager, ManagerConfig, Pool, PoolError, Runtime};
+use deadpool_postgres::{Client, Connect, Manager, ManagerConfig, Pool, PoolError};
+use deadpool_postgres::{Runtime, TimeoutType};
 use log::{debug, error, info, warn};
 use rustls::crypto::ring::{default_provider, kx_group};
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use rustls::{ClientConfig, RootCertStore};
 use serde::{Deserialize, Deserializer, de::Error as _};
 use tokio::runtime::{Builder, Handle};
-use tokio::{net::TcpListener, signal, sync::oneshot, task::JoinHandle, time::timeout};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::time::{sleep, timeout};
+use tokio::{net::TcpListener, signal, task::JoinHandle};
 use tokio_postgres::config::{Host, SslMode};
 use tokio_postgres::{Config, error::SqlState, types::Type};
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -185,6 +188,9 @@ async fn log_cause(State(database): State<Database>, response: Response) -> Resp
 #[derive(Clone)]
 struct Database {
     pool: Pool,
+    /// One for each client. The pool's own would be free as soon as a client is closed, when its session
+    /// has not ended yet.
+    places: Arc<Semaphore>,
     tls: MakeRustlsConnect,
     server: String,
 }
@@ -220,11 +226,16 @@ impl Database {
         let pool = Pool::builder(manager)
             .max_size(CLIENTS)
             .runtime(Runtime::Tokio1)
-            .wait_timeout(Some(WAIT_LIMIT))
             .create_timeout(Some(connect_limit))
             .recycle_timeout(Some(WAIT_LIMIT))
             .build()?;
-        Ok(Self { pool, tls, server })
+        let places = Arc::new(Semaphore::new(CLIENTS));
+        Ok(Self {
+            pool,
+            places,
+            tls,
+            server,
+        })
     }
 
     /// Runs the queries of one request. The limit is theirs alone: waiting for a client has its own
@@ -244,7 +255,7 @@ impl Database {
             tls: self.tls.clone(),
             runtime: Handle::current(),
         };
-        let client = lease.client.insert(client);
+        let (client, _) = lease.client.insert(client);
         let late = |_| Unavailable::NoAnswer(limit);
         let result = timeout(limit, queries(client)).await.map_err(late)?;
         match &result {
@@ -256,12 +267,21 @@ impl Database {
         result
     }
 
-    async fn client(&self) -> Result<Client, PoolError> {
+    async fn client(&self) -> Result<(Client, Place), PoolError> {
         let (send, receive) = oneshot::channel();
-        let Self { pool, server, .. } = self.clone();
+        let Self {
+            pool,
+            places,
+            server,
+            ..
+        } = self.clone();
         // In a task: a connection that comes too late for its request serves the next one.
         tokio::spawn(async move {
-            if let Err(Err(error)) = send.send(pool.get().await) {
+            let got = match timeout(WAIT_LIMIT, places.acquire_owned()).await {
+                Ok(Ok(place)) => pool.get().await.map(|client| (client, place)),
+                _ => Err(PoolError::Timeout(TimeoutType::Wait)),
+            };
+            if let Err(Err(error)) = send.send(got) {
                 // The request is gone, and logs nothing.
                 warn!("{server}: no connection: {:#}", anyhow!(error));
             }
@@ -270,11 +290,13 @@ impl Database {
     }
 }
 
+type Place = OwnedSemaphorePermit;
+
 /// The client of a request. If the request is late, cancelled or failed, this is dropped with the
 /// client in it, which then keeps its place in the pool until its session is idle or closed. Else each
 /// such request would cost the server a session more, until it lets no one in.
 struct Lease {
-    client: Option<Client>,
+    client: Option<(Client, Place)>,
     /// How long the session may take to become idle by itself.
     patience: Duration,
     tls: MakeRustlsConnect,
@@ -283,10 +305,13 @@ struct Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        if let Some(client) = self.client.take() {
+        if let Some((client, place)) = self.client.take() {
+            let (patience, tls) = (self.patience, self.tls.clone());
             // `tokio::spawn` would panic if the request is dropped outside the runtime.
-            self.runtime
-                .spawn(settle(client, self.patience, self.tls.clone()));
+            self.runtime.spawn(async move {
+                settle(client, patience, tls).await;
+                drop(place);
+            });
         }
     }
 }
@@ -318,6 +343,8 @@ async fn settle(client: Client, patience: Duration, tls: MakeRustlsConnect) {
         client.statement_cache.clear();
     } else {
         drop(Client::take(client));
+        // Until the server has ended the session: with the next one, it would be one too many.
+        sleep(Duration::from_millis(100)).await;
     }
 }
 

@@ -16,17 +16,20 @@ const OWN: &str = r#"
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::pin::{Pin, pin};
-use std::{env, ffi::OsString, fs, time::Duration};
+use std::{env, ffi::OsString, fs, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use deadpool_postgres::{Client, Connect, Manager, ManagerConfig, Pool, PoolError, Runtime};
+use deadpool_postgres::{Client, Connect, Manager, ManagerConfig, Pool, PoolError};
+use deadpool_postgres::{Runtime, TimeoutType};
 use log::{debug, error, warn};
 use rustls::crypto::ring::{default_provider, kx_group};
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use rustls::{ClientConfig, RootCertStore};
 use serde::{Deserialize, Deserializer, de::Error as _};
 use tokio::runtime::{Builder, Handle};
-use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
 use tokio_postgres::Config;
 use tokio_postgres::config::{Host, SslMode};
 use tokio_postgres_rustls::MakeRustlsConnect;
