@@ -275,10 +275,13 @@ fn queries_past_their_limit_are_cancelled() {
             assert_eq!(answer, Err(504));
         }
         service.works(5);
-        let cancelled = "canceling statement due to user request";
-        eventually("each was cancelled", || {
-            rds.log().unwrap().matches(cancelled).count() == nth * SIZE
-        });
+        // On a machine that stops for a moment, a cancel request may come before the query or too late; then the
+        // server ends the session by itself.
+        let count = |words: &str| rds.log().unwrap().matches(words).count();
+        let cancelled = || count("canceling statement due to user request");
+        let lost = || count("connection to client lost");
+        eventually("each has ended", || cancelled() + lost() >= nth * SIZE);
+        assert!(cancelled() > lost(), "{}", rds.log().unwrap());
         // A cancel request that comes late would hit the next request in the same session.
         let after = sessions(&rds);
         assert!(after.len() <= SIZE && after.iter().all(|pid| !before.contains(pid)));
