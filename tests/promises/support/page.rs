@@ -134,16 +134,19 @@ pub fn build(name: &str, main: &str, manifest: &str, lock: &str, options: &[&str
     // A warning is an error where the compiler is one whose lints are known.
     let deny = ["--", "-D", "warnings"];
     let lints = std::env::var_os("DENY_WARNINGS").map_or(&[][..], |_| &deny);
+    cargo(&[&["rustc", "-q"], options, lints].concat(), &project);
+    target().join("debug").join(name)
+}
+
+/// Runs our Cargo in this project, as a shell of the README does.
+pub fn cargo(args: &[&str], project: &Path) {
     let built = std::process::Command::new(env!("CARGO"))
-        .args(["rustc", "-q"])
-        .args(options)
-        .args(lints)
-        .current_dir(&project)
+        .args(args)
+        .current_dir(project)
         .env_clear()
         .envs(environment())
         .output()
         .unwrap();
     let errors = String::from_utf8_lossy(&built.stderr);
-    assert!(built.status.success(), "{manifest}\n{errors}");
-    target().join("debug").join(name)
+    assert!(built.status.success(), "{}: {errors}", project.display());
 }

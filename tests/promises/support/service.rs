@@ -8,7 +8,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 use std::thread::{scope, sleep, spawn};
 use std::time::{Duration, Instant};
 
-use super::page::{between, environment, example, new_project, replaced, section, target};
+use super::page::{PROJECT, between, cargo, example, new_project, replaced, section, target};
 use super::{Var, admin, eventually, kill, terminate};
 use local_rds::LocalRds;
 use rustix::process::Signal;
@@ -19,14 +19,8 @@ pub const SIZE: usize = 4;
 /// The example as it is.
 pub static SERVICE: LazyLock<PathBuf> = LazyLock::new(|| {
     // As the tests are built, so that nothing is built twice.
-    let built = Command::new(env!("CARGO"))
-        .args(["build", "-q", "--workspace", "--example", "service"])
-        .env_clear()
-        .envs(environment())
-        .output()
-        .unwrap();
-    let errors = String::from_utf8_lossy(&built.stderr);
-    assert!(built.status.success(), "{errors}");
+    let build = ["build", "-q", "--workspace", "--example", "service"];
+    cargo(&build, Path::new(PROJECT));
     target().join("debug/examples/service")
 });
 
