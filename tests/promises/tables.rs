@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::thread::scope;
 
 use crate::service::log_of_a_bad_day;
 use crate::support::fake::{Fake, black_hole, only_says, own_tls, silence, startup, tls};
@@ -122,7 +123,8 @@ fn not_rds() -> [LocalRds; 2] {
 
 /// The log-in at a server that asks PAM about its users, as RDS does about those with IAM tokens. None if PostgreSQL
 /// is built without PAM.
-fn pam(iam: &[(&str, &str)]) -> Option<Run> {
+fn pam() -> Option<Run> {
+    let iam = [("PG.USER", IAM_USER), ("PG.PASSWORD", &RDS.iam_token())];
     let hba = file(format!(
         "local all all trust\nhostssl all {IAM_USER} 127.0.0.1/32 pam\n"
     ));
@@ -133,7 +135,7 @@ fn pam(iam: &[(&str, &str)]) -> Option<Run> {
             eprintln!("this PostgreSQL is built without PAM: its refusal is not tested");
             None
         }
-        rds => Some(demo(&with(&rds.unwrap(), iam))),
+        rds => Some(demo(&with(&rds.unwrap(), &iam))),
     }
 }
 
@@ -162,7 +164,7 @@ fn provoked() -> BTreeMap<&'static str, Run> {
     let other_group = other_group.start().unwrap();
     let iam = [("PG.USER", IAM_USER), ("PG.PASSWORD", &RDS.iam_token())];
     let [v1, own] = not_rds().map(|rds| demo(&with(&rds, &[])));
-    let mut provoked = BTreeMap::from([
+    BTreeMap::from([
         ("connection timed out", at(*hole, &[])),
         ("no answer within", at(silent.port, &[])),
         (
@@ -213,13 +215,11 @@ fn provoked() -> BTreeMap<&'static str, Run> {
                 ("PG.OPTIONS", "-c default_transaction_read_only=on"),
             ]),
         ),
-    ]);
-    provoked.extend(pam(&iam).map(|run| (PAM, run)));
-    provoked
+    ])
 }
 
-/// The logs of services with the errors of their own table.
-fn logged_by_services() -> BTreeMap<&'static str, String> {
+/// The logs of services that do not start, with errors of their own table.
+fn services_that_do_not_start() -> BTreeMap<&'static str, String> {
     let ends = |vars: &[Var]| run_of(&SERVICE, vars).output;
     let silent = Fake::new(silence).port.to_string();
     let silent = [("PG.PORT", &*silent), ("PG.CONNECT_TIMEOUT", "1")];
@@ -241,7 +241,7 @@ fn logged_by_services() -> BTreeMap<&'static str, String> {
     let port = pooler.port.to_string();
     let pooler = [("PG.PORT", &*port), ("DB_CA_CERT", roots.to_str().unwrap())];
     let (full, _sessions) = full();
-    let mut logs = BTreeMap::from([
+    BTreeMap::from([
         (
             "Timeout occurred while creating a new object",
             ends(&with(&RDS, &silent)),
@@ -252,9 +252,23 @@ fn logged_by_services() -> BTreeMap<&'static str, String> {
         ),
         ("the database system is starting up", while_it_starts(ends)),
         ("unsupported startup parameter", ends(&with(&RDS, &pooler))),
-    ]);
-    let log = log_of_a_bad_day();
-    logs.extend(
+    ])
+}
+
+#[test]
+fn its_table_of_errors_has_the_words_of_errors_that_happen() {
+    // All of it waits, most of the time.
+    let (mut provoked, pam, mut logged, log) = scope(|scope| {
+        let pam = scope.spawn(pam);
+        let logged = scope.spawn(services_that_do_not_start);
+        let log = scope.spawn(log_of_a_bad_day);
+        let provoked = provoked();
+        let (pam, logged) = (pam.join().unwrap(), logged.join().unwrap());
+        (provoked, pam, logged, log.join().unwrap())
+    });
+    let without_pam = pam.is_none();
+    provoked.extend(pam.map(|run| (PAM, run)));
+    logged.extend(
         [
             "Timeout occurred while waiting for a slot",
             "cached plan must not change result type",
@@ -263,16 +277,6 @@ fn logged_by_services() -> BTreeMap<&'static str, String> {
         ]
         .map(|words| (words, log.clone())),
     );
-    logs
-}
-
-#[test]
-fn its_table_of_errors_has_the_words_of_errors_that_happen() {
-    let (mut provoked, mut logged) = std::thread::scope(|scope| {
-        let logged = scope.spawn(logged_by_services);
-        (provoked(), logged.join().unwrap())
-    });
-    let without_pam = !provoked.contains_key(PAM);
     let [errors, of_services] = <[_; 2]>::try_from(tables("When it does not work"))
         .ok()
         .unwrap();

@@ -1,18 +1,25 @@
 //! With `DB_CA_CERT` there is verified TLS or an error; without it, plaintext and a warning.
 
+use std::thread::scope;
+
 use crate::support::{PLAIN, RDS, TLS_1_2, demo, file, with};
 use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, PASSWORD};
 
 #[test]
 fn connects_with_each_of_the_three_key_types() {
-    for key_type in [KeyType::Rsa2048, KeyType::Rsa4096, KeyType::Ecc384] {
+    let connects = |key_type| {
         let rds = LocalRds::builder().key_type(key_type).start().unwrap();
         demo(&with(&rds, &[])).succeeded();
         // With both the whole bundle and the root, as an instance's own is one of many.
         let bundle = std::fs::read("ca-certificates/global-bundle.pem").unwrap();
         let both = file([bundle, std::fs::read(rds.roots()).unwrap()].concat());
         demo(&with(&rds, &[("DB_CA_CERT", both.to_str().unwrap())])).succeeded();
-    }
+    };
+    scope(|scope| {
+        for key_type in [KeyType::Rsa2048, KeyType::Rsa4096, KeyType::Ecc384] {
+            scope.spawn(move || connects(key_type));
+        }
+    });
 }
 
 /// What a server that logs them says of the connections of this application.
