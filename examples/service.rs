@@ -344,7 +344,7 @@ async fn settle(client: Client, patience: Duration, tls: MakeRustlsConnect) {
     } else {
         drop(Client::take(client));
         // Until the server has ended the session: with the next one, it would be one too many.
-        sleep(Duration::from_millis(100)).await;
+        sleep(Duration::from_millis(250)).await;
     }
 }
 
