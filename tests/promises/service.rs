@@ -22,7 +22,7 @@ use crate::failover::hosts;
 use crate::support::fake::{Fake, black_hole, silence};
 use crate::support::service::{
     COPY, SERVICE, SESSIONS, SIZE, Service, callers, most_sessions, sessions, start, tables,
-    terminate_sessions,
+    terminate_sessions, while_frozen,
 };
 use crate::support::{
     RDS, admin, at_port, builder, changed, eventually, file, kill, run_of, then_the_good_one, with,
@@ -122,11 +122,10 @@ fn as_it_is_it_answers_with_a_status_and_keeps_the_cause_for_the_log() {
     let log = service.log();
     assert!(!log.contains("404 Not Found"), "{log}");
 
-    let frozen = sessions(&rds);
-    frozen.iter().for_each(|pid| kill(Signal::STOP, *pid));
-    assert_eq!(service.setting("max_connections"), Err(504));
-    logged("504 Gateway Timeout", "no answer within 4s");
-    frozen.iter().for_each(|pid| kill(Signal::CONT, *pid));
+    while_frozen(&rds, || {
+        assert_eq!(service.setting("max_connections"), Err(504));
+        logged("504 Gateway Timeout", "no answer within 4s");
+    });
 
     drop(rds);
     // A session that ended with the server may still be taken for a living one, once each.
@@ -371,14 +370,13 @@ fn frozen_sessions_cost_one_failed_request_each_at_most() {
     let rds = builder().start().unwrap();
     let service = Service::new(&COPY, &with(&rds, &[]));
     service.fill(&rds);
-    let frozen = sessions(&rds);
-    assert_eq!(frozen.len(), SIZE);
-    frozen.iter().for_each(|pid| kill(Signal::STOP, *pid));
-    for answer in service.at_once("typed", 1000, "SELECT 'late'::text") {
-        assert_eq!(answer, Err(504));
-    }
-    service.works(3 * SIZE);
-    frozen.iter().for_each(|pid| kill(Signal::CONT, *pid));
+    assert_eq!(sessions(&rds).len(), SIZE);
+    while_frozen(&rds, || {
+        for answer in service.at_once("typed", 1000, "SELECT 'late'::text") {
+            assert_eq!(answer, Err(504));
+        }
+        service.works(3 * SIZE);
+    });
     eventually("no more sessions than clients", || {
         sessions(&rds).len() <= SIZE
     });
@@ -443,19 +441,15 @@ pub fn log_of_a_bad_day() -> String {
     let slow = "SELECT pg_sleep(20)::text";
     assert_eq!(service.sql("typed", 4000, slow), Err(500));
     service.fill(&rds);
-    sessions(&rds)
-        .iter()
-        .for_each(|pid| kill(Signal::STOP, *pid));
-    scope(|scope| {
-        let asked =
-            [(); SIZE + 1].map(|()| scope.spawn(|| service.sql("typed", 3000, "SELECT 1::text")));
-        asked
-            .into_iter()
-            .for_each(|asked| _ = asked.join().unwrap().unwrap_err());
+    while_frozen(&rds, || {
+        scope(|scope| {
+            let ask = || service.sql("typed", 3000, "SELECT 1::text");
+            let asked = [(); SIZE + 1].map(|()| scope.spawn(ask));
+            for asked in asked {
+                asked.join().unwrap().unwrap_err();
+            }
+        });
     });
-    sessions(&rds)
-        .iter()
-        .for_each(|pid| kill(Signal::CONT, *pid));
     service.works(SIZE);
     terminate_sessions(&rds);
     eventually("it has noticed", || {

@@ -255,28 +255,31 @@ fn services_that_do_not_start() -> BTreeMap<&'static str, String> {
     ])
 }
 
+/// The log of one that runs, with the others.
+fn a_service_that_runs() -> BTreeMap<&'static str, String> {
+    let log = log_of_a_bad_day();
+    let words = [
+        "Timeout occurred while waiting for a slot",
+        "cached plan must not change result type",
+        "canceling statement due to statement timeout",
+        "terminating connection due to administrator command",
+    ];
+    words.map(|words| (words, log.clone())).into()
+}
+
 #[test]
 fn its_table_of_errors_has_the_words_of_errors_that_happen() {
-    // All of it waits, most of the time.
-    let (mut provoked, pam, mut logged, log) = scope(|scope| {
+    // At the same time, as they wait for most of it.
+    let (mut provoked, pam, logged) = scope(|scope| {
         let pam = scope.spawn(pam);
-        let logged = scope.spawn(services_that_do_not_start);
-        let log = scope.spawn(log_of_a_bad_day);
+        let logged = [services_that_do_not_start, a_service_that_runs].map(|log| scope.spawn(log));
         let provoked = provoked();
-        let (pam, logged) = (pam.join().unwrap(), logged.join().unwrap());
-        (provoked, pam, logged, log.join().unwrap())
+        let logged = logged.map(|log| log.join().unwrap());
+        (provoked, pam.join().unwrap(), logged)
     });
     let without_pam = pam.is_none();
     provoked.extend(pam.map(|run| (PAM, run)));
-    logged.extend(
-        [
-            "Timeout occurred while waiting for a slot",
-            "cached plan must not change result type",
-            "canceling statement due to statement timeout",
-            "terminating connection due to administrator command",
-        ]
-        .map(|words| (words, log.clone())),
-    );
+    let mut logged: BTreeMap<_, _> = logged.into_iter().flatten().collect();
     let [errors, of_services] = <[_; 2]>::try_from(tables("When it does not work"))
         .ok()
         .unwrap();

@@ -245,6 +245,14 @@ pub fn terminate_sessions(rds: &LocalRds) {
     }
 }
 
+/// Does this while the processes of the service's sessions are stopped.
+pub fn while_frozen(rds: &LocalRds, done: impl FnOnce()) {
+    let frozen = sessions(rds);
+    frozen.iter().for_each(|pid| kill(Signal::STOP, *pid));
+    done();
+    frozen.iter().for_each(|pid| kill(Signal::CONT, *pid));
+}
+
 /// The most sessions that the server has at a time while this is done.
 pub fn most_sessions(rds: &LocalRds, done: impl FnOnce()) -> usize {
     let over = AtomicBool::new(false);
