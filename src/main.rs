@@ -140,8 +140,9 @@ impl Settings {
             let plain = keyword != Some("") && keyword.unwrap_or(&key).chars().all(word);
             if keyword.is_some() || key == "db_ca_cert" {
                 ensure!(plain, "{name} must be PG.<KEYWORD>");
-                let twin = names.insert(key.clone(), name.clone()).unwrap_or_default();
-                ensure!(twin.is_empty(), "{twin} and {name} set the same option");
+                if let Some(twin) = names.insert(key.clone(), name.clone()) {
+                    bail!("{twin} and {name} set the same option");
+                }
                 vars.insert(key.clone(), checked(&name, &key, value)?);
             } else if plain && key != "pg" {
                 vars.insert(key, value.to_string_lossy().into_owned());
