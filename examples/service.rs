@@ -4,9 +4,11 @@
 //! - What `src/main.rs` of this project promises of TLS and of the password. Without `DB_CA_CERT` it
 //!   does not start; nor with a wrong host, user, password or root certificate, as it asks once.
 //! - Offered more requests than it carries, it answers as many as before, and refuses the rest in time.
-//! - It never has more sessions on the server than its pool has clients, whatever its callers do.
-//! - It heals by itself from late and cancelled requests, errors, lost sessions, a migration, a failover.
-//! - Callers see a status and nothing of the inside; the log has the status, the host and the cause.
+//! - It has no more sessions on the server than its pool has clients, whatever its callers do, but for
+//!   those that the server is just ending.
+//! - It heals by itself from late and cancelled requests, errors, lost sessions, a migration, and, with
+//!   `PG.TARGET_SESSION_ATTRS=read-write`, from a failover. Set that for every service that writes.
+//! - Callers see a status and nothing of the inside. The log has the request, the status and the cause.
 //!
 //! Besides the variables of `src/main.rs` it reads `LISTEN`, an address and port, and `PASSWORD_FILE`.
 
@@ -14,37 +16,51 @@ use std::collections::HashMap;
 use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::pin::{Pin, pin};
-use std::{env, ffi::OsString, fs, sync::Arc, time::Duration};
+use std::sync::Arc;
+use std::{env, ffi::OsString, fs, time::Duration};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use axum::extract::{self, State};
+use axum::extract::{self, Request, State};
 use axum::http::StatusCode;
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Router, middleware::map_response_with_state, routing::get};
-use deadpool_postgres::{Client, Connect, Manager, ManagerConfig, Pool, PoolError};
-use deadpool_postgres::{Runtime, TimeoutType};
+use axum::{Extension, Router, routing::get};
+use deadpool_postgres::{Client, Connect, Hook, HookError, Manager, ManagerConfig};
+use deadpool_postgres::{Pool, PoolError, Runtime};
 use log::{debug, error, info, warn};
 use rustls::crypto::ring::{default_provider, kx_group};
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use rustls::{ClientConfig, RootCertStore};
 use serde::{Deserialize, Deserializer, de::Error as _};
 use tokio::runtime::{Builder, Handle};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::oneshot;
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{sleep, timeout};
-use tokio::{net::TcpListener, signal, task::JoinHandle};
-use tokio_postgres::config::{Host, SslMode};
-use tokio_postgres::{Config, error::SqlState, types::Type};
+use tokio::{net::TcpListener, signal};
+use tokio_postgres::config::{Host, SslMode, TargetSessionAttrs};
+use tokio_postgres::error::{DbError, Severity};
+use tokio_postgres::{Config, SimpleQueryMessage, types::Type};
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tracing_subscriber::filter::{EnvFilter, LevelFilter};
 
 /// The connections of the pool. All instances together must stay below the server's `max_connections`.
 const CLIENTS: usize = 4;
-/// For a request that waits until a client is free. Connecting has `PG.CONNECT_TIMEOUT`.
-const WAIT_LIMIT: Duration = Duration::from_secs(2);
+/// For a request that waits until a client is free: shorter than the callers' patience, less the time
+/// of their queries. Who came first is served first, so with a longer limit each caller would get its
+/// client just before it leaves.
+const WAIT_LIMIT: Duration = Duration::from_millis(500);
+/// For reading `PASSWORD_FILE` or making a token. It is a part of the time for connecting, for which
+/// see `PG.CONNECT_TIMEOUT`.
+const PASSWORD_LIMIT: Duration = Duration::from_secs(3);
+/// A failed attempt to connect is reported later by this. Else a server that refuses would be asked
+/// thousands of times a second.
+const RETRY_DELAY: Duration = Duration::from_millis(200);
 /// For the queries of a request.
 const QUERY_LIMIT: Duration = Duration::from_secs(4);
+/// A connection that is older is replaced when it is next used.
+const MAX_LIFETIME: Duration = Duration::from_secs(30 * 60);
 /// For the requests that run when the service is told to end.
-const END_LIMIT: Duration = Duration::from_secs(10);
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(10);
 
 fn main() -> Result<()> {
     let filter = EnvFilter::builder().with_default_directive(LevelFilter::INFO.into());
@@ -55,55 +71,63 @@ fn main() -> Result<()> {
         .init();
     let settings = Settings::from_env().context("reading PG.* and DB_CA_CERT")?;
     debug!("{settings:?}");
-    let roots = settings.db_ca_cert.context("DB_CA_CERT is not set")?;
     let runtime = Builder::new_multi_thread().enable_all().build()?;
-    let result = runtime.block_on(serve(settings.pg, &roots));
+    let result = runtime.block_on(serve(settings));
     // Dropping the runtime would wait for the thread of a DNS look-up that gets no answer.
     runtime.shutdown_background();
     result
 }
 
 /// Serves until it is told to end.
-async fn serve(pg: Config, roots: &Path) -> Result<()> {
-    let mut told_to_end = pin!(told_to_end()?);
-    // A mistake in the settings is to end the service here, rather than to fail every request.
-    fresh_password(&pg).await?;
-    let database = Database::new(pg, roots).context("reading the file of DB_CA_CERT")?;
-    let ask = async |client: &mut Client| anyhow::Ok(client.batch_execute("SELECT").await?);
-    tokio::select! {
-        asked = database.run(QUERY_LIMIT, ask) => asked,
-        () = &mut told_to_end => return Ok(()),
-    }
-    .with_context(|| format!("asking {}", database.server))?;
-
-    let listen = match env::var("LISTEN") {
-        Err(env::VarError::NotPresent) => "127.0.0.1:3000".into(),
-        listen => listen.context("reading LISTEN")?,
+async fn serve(settings: Settings) -> Result<()> {
+    let mut shutdown = pin!(shutdown_signal()?);
+    let (database, listener) = tokio::select! {
+        started = start(settings) => started?,
+        () = &mut shutdown => return Ok(()),
     };
-    let listener = TcpListener::bind(&listen).await;
-    let listener = listener.with_context(|| format!("listening on LISTEN, {listen}"))?;
     let (address, server) = (listener.local_addr()?, &database.server);
     info!("listening on http://{address}, connected to {server}");
 
     let service = Router::new()
         .route("/settings/{name}", get(setting))
-        .layer(map_response_with_state(database.clone(), log_cause))
+        // It does not ask the database: in an outage, a load balancer would end all instances.
+        .route("/healthz", get(async || "ok"))
+        .layer(from_fn_with_state(database.clone(), log_failures))
         .with_state(database);
     let (stop, stopped) = oneshot::channel::<()>();
     let serving =
         axum::serve(listener, service).with_graceful_shutdown(async { _ = stopped.await });
     let serving = tokio::spawn(serving.into_future());
-    told_to_end.await;
+    shutdown.await;
     info!("ending, after the requests that run");
     drop(stop);
-    if timeout(END_LIMIT, serving).await.is_err() {
-        warn!("some requests were still running after {END_LIMIT:?}");
+    if timeout(SHUTDOWN_LIMIT, serving).await.is_err() {
+        warn!(
+            "some requests were still running, or had not arrived in full, after {SHUTDOWN_LIMIT:?}"
+        );
     }
     Ok(())
 }
 
+/// Finds mistakes in the settings, which are to end the service here rather than to fail every request.
+async fn start(settings: Settings) -> Result<(Database, TcpListener)> {
+    let roots = settings.db_ca_cert.context("DB_CA_CERT is not set")?;
+    password_within_limit(&settings.pg).await?;
+    // In a thread: where the file is a FIFO, reading it may wait for ever.
+    let database = spawn_blocking(move || Database::new(settings.pg, &roots)).await?;
+    let database = database.context("reading the file of DB_CA_CERT")?;
+    let ask = async |client: &mut Client| anyhow::Ok(client.batch_execute("SELECT").await?);
+    let asking = || format!("asking {}", database.server);
+    database.run(QUERY_LIMIT, ask).await.with_context(asking)?;
+
+    let listen = settings.listen.unwrap_or("127.0.0.1:3000".into());
+    let listener = TcpListener::bind(&listen).await;
+    let listener = listener.with_context(|| format!("listening on LISTEN, {listen}"))?;
+    Ok((database, listener))
+}
+
 /// Waits for SIGINT or SIGTERM, which containers send, or for what Windows has in their place.
-fn told_to_end() -> io::Result<impl Future<Output = ()>> {
+fn shutdown_signal() -> io::Result<impl Future<Output = ()>> {
     #[cfg(unix)]
     use signal::unix::{SignalKind, signal};
     #[cfg(unix)]
@@ -124,21 +148,32 @@ fn told_to_end() -> io::Result<impl Future<Output = ()>> {
     })
 }
 
-/// `GET /settings/{name}`: the value of a parameter, such as `max_connections`.
+/// `GET /settings/{name}`: the value of a parameter of the server.
 async fn setting(
     State(database): State<Database>,
     extract::Path(name): extract::Path<String>,
 ) -> Result<String, Error> {
-    const QUERY: &str = "SELECT current_setting($1, true)";
-    let value: Option<String> = database
+    // No others: a parameter may hold a secret, such as one of your own.
+    const SHOWN: [&str; 6] = [
+        "max_connections",
+        "port",
+        "server_version",
+        "statement_timeout",
+        "TimeZone",
+        "transaction_read_only",
+    ];
+    const QUERY: &str = "SELECT current_setting($1)";
+    if !SHOWN.contains(&name.as_str()) {
+        return Err(Error::NotFound);
+    }
+    database
         .run(QUERY_LIMIT, async |client| {
             let row = client
                 .query_typed_one(QUERY, &[(&name, Type::TEXT)])
                 .await?;
-            Ok::<_, Error>(row.try_get(0)?)
+            Ok(row.try_get(0)?)
         })
-        .await?;
-    value.ok_or(Error::NotFound)
+        .await
 }
 
 /// How a request fails.
@@ -172,14 +207,18 @@ impl IntoResponse for Error {
 
 /// The connection has ended while it waited, as when the server restarts.
 fn is_lost(error: &tokio_postgres::Error) -> bool {
-    error.is_closed() || error.code() == Some(&SqlState::ADMIN_SHUTDOWN)
+    let severity = error.as_db_error().and_then(DbError::parsed_severity);
+    error.is_closed() || severity == Some(Severity::Fatal)
 }
 
-async fn log_cause(State(database): State<Database>, response: Response) -> Response {
+async fn log_failures(State(database): State<Database>, request: Request, next: Next) -> Response {
+    let (method, uri) = (request.method().clone(), request.uri().clone());
+    let response = next.run(request).await;
     if let (status, Some(Cause(cause))) = (response.status(), response.extensions().get())
         && status.is_server_error()
     {
-        warn!("{status}: {}: {cause}", database.server);
+        let (path, server) = (uri.path(), &database.server);
+        warn!("{method} {path}: {status}: {server}: {cause}");
     }
     response
 }
@@ -188,11 +227,10 @@ async fn log_cause(State(database): State<Database>, response: Response) -> Resp
 #[derive(Clone)]
 struct Database {
     pool: Pool,
-    /// One for each client. The pool's own would be free as soon as a client is closed, when its session
-    /// has not ended yet.
-    places: Arc<Semaphore>,
     tls: MakeRustlsConnect,
-    server: String,
+    server: Arc<str>,
+    /// Whether a session that is read-only is of no use.
+    read_write: bool,
 }
 
 /// Why the queries of a request have no result, not even an error.
@@ -207,166 +245,186 @@ enum Unavailable {
 impl Database {
     fn new(mut pg: Config, roots: &Path) -> Result<Self> {
         let tls = require_tls(&mut pg, roots)?;
-        let server = target(&pg);
+        let server: Arc<str> = target(&pg).into();
+        let read_write = pg.get_target_session_attrs() == TargetSessionAttrs::ReadWrite;
         // For TCP to each address. Without it, a host that is down would take the time of the others.
         let tcp_limit = *pg.get_connect_timeout().unwrap_or(&Duration::from_secs(2));
         pg.connect_timeout(tcp_limit);
         // As long for each host, and once more for DNS, TLS and the log-in.
         let hosts = pg.get_hosts().len().max(pg.get_hostaddrs().len());
         let connect_limit = tcp_limit.saturating_mul(hosts as u32 + 1);
-        // The last resort: the server ends a statement that takes too long, or whose client is gone.
-        let limits = "-c statement_timeout=60s -c client_connection_check_interval=1s";
+        // AWS forgets a connection that is silent for 350 s. It also finds a server that is gone before
+        // a request does. By default, the first probe is sent after two hours.
+        let idle = pg.get_keepalives_idle().min(Duration::from_secs(60));
+        let interval = pg.get_keepalives_interval();
+        let retries = pg.get_keepalives_retries();
+        pg.keepalives_idle(idle)
+            .keepalives_interval(interval.unwrap_or(Duration::from_secs(10)))
+            .keepalives_retries(retries.unwrap_or(3));
+        // The last resort: the server ends a statement that takes too long, or whose client is gone, and
+        // a transaction whose client does nothing.
+        let limits = "-c statement_timeout=60s -c idle_in_transaction_session_timeout=10s \
+                      -c client_connection_check_interval=500ms";
         let options = pg.get_options().unwrap_or_default();
         pg.options(format!("{limits} {options}"));
-        let opening = Opening {
+        let connector = Connector {
             tls: tls.clone(),
             server: server.clone(),
         };
-        let manager = Manager::from_connect(pg, opening, ManagerConfig::default());
+        let is_young = Hook::sync_fn(|_, metrics| {
+            if metrics.age() > MAX_LIFETIME {
+                return Err(HookError::message("older than MAX_LIFETIME"));
+            }
+            Ok(())
+        });
+        let manager = Manager::from_connect(pg, connector, ManagerConfig::default());
         let pool = Pool::builder(manager)
             .max_size(CLIENTS)
             .runtime(Runtime::Tokio1)
-            .create_timeout(Some(connect_limit))
-            .recycle_timeout(Some(WAIT_LIMIT))
+            .wait_timeout(Some(WAIT_LIMIT))
+            .create_timeout(Some(connect_limit.saturating_add(RETRY_DELAY)))
+            .pre_recycle(is_young)
             .build()?;
-        let places = Arc::new(Semaphore::new(CLIENTS));
         Ok(Self {
             pool,
-            places,
             tls,
             server,
+            read_write,
         })
     }
 
     /// Runs the queries of one request. The limit is theirs alone: waiting for a client has its own
     /// limit, and so has connecting.
     ///
-    /// The next request gets the same session. So await every query, use `transaction()` and not
-    /// `BEGIN`, and leave no `SET`, no `LISTEN` and no lock behind.
+    /// The next request gets the same session. So await every query, read every stream to its end, and
+    /// return an error if you give up on a query, as in `select!` or `timeout`. Use `transaction()` and
+    /// not `BEGIN`, and leave no `SET`, no `LISTEN`, no lock and no temporary table behind.
     async fn run<R, E: From<Unavailable>>(
         &self,
         limit: Duration,
         queries: impl AsyncFnOnce(&mut Client) -> Result<R, E>,
     ) -> Result<R, E> {
         let client = self.client().await.map_err(Unavailable::NoConnection)?;
-        let mut lease = Lease {
+        let mut guard = Guard {
             client: None,
-            patience: Duration::from_millis(20),
-            tls: self.tls.clone(),
+            idle_limit: Duration::from_millis(20),
+            database: self.clone(),
             runtime: Handle::current(),
         };
-        let (client, _) = lease.client.insert(client);
+        let client = guard.client.insert(client);
         let late = |_| Unavailable::NoAnswer(limit);
         let result = timeout(limit, queries(client)).await.map_err(late)?;
         match &result {
             // Back into the pool.
-            Ok(_) => drop(lease.client.take()),
+            Ok(_) => drop(guard.client.take()),
             // Most likely the session is idle, and only the way to a server far away takes time.
-            Err(_) => lease.patience = Duration::from_secs(1),
+            Err(_) => guard.idle_limit = Duration::from_secs(1),
         }
         result
     }
 
-    async fn client(&self) -> Result<(Client, Place), PoolError> {
+    async fn client(&self) -> Result<Client, PoolError> {
         let (send, receive) = oneshot::channel();
-        let Self {
-            pool,
-            places,
-            server,
-            ..
-        } = self.clone();
+        let (pool, server) = (self.pool.clone(), self.server.clone());
         // In a task: a connection that comes too late for its request serves the next one.
         tokio::spawn(async move {
-            let got = match timeout(WAIT_LIMIT, places.acquire_owned()).await {
-                Ok(Ok(place)) => pool.get().await.map(|client| (client, place)),
-                _ => Err(PoolError::Timeout(TimeoutType::Wait)),
-            };
-            if let Err(Err(error)) = send.send(got) {
+            if let Err(Err(error)) = send.send(pool.get().await) {
                 // The request is gone, and logs nothing.
                 warn!("{server}: no connection: {:#}", anyhow!(error));
             }
         });
         receive.await.unwrap_or(Err(PoolError::Closed))
     }
-}
 
-type Place = OwnedSemaphorePermit;
-
-/// The client of a request. If the request is late, cancelled or failed, this is dropped with the
-/// client in it, which then keeps its place in the pool until its session is idle or closed. Else each
-/// such request would cost the server a session more, until it lets no one in.
-struct Lease {
-    client: Option<(Client, Place)>,
-    /// How long the session may take to become idle by itself.
-    patience: Duration,
-    tls: MakeRustlsConnect,
-    runtime: Handle,
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        if let Some((client, place)) = self.client.take() {
-            let (patience, tls) = (self.patience, self.tls.clone());
-            // `tokio::spawn` would panic if the request is dropped outside the runtime.
-            self.runtime.spawn(async move {
-                settle(client, patience, tls).await;
-                drop(place);
-            });
+    /// Returns a client to the pool if its session is idle and of use, or else closes it.
+    async fn reset_or_close(&self, client: Client, idle_limit: Duration) {
+        // The answer comes after those to all queries before it. In an open transaction, `BEGIN` only
+        // writes a warning into the server's log, and `ROLLBACK` ends it. In a failed one, it is an error.
+        const RESET: &str = "BEGIN; SHOW transaction_read_only; ROLLBACK";
+        let is_usable = {
+            let mut answer = pin!(client.simple_query(RESET));
+            match timeout(idle_limit, &mut answer).await {
+                Ok(Ok(messages)) => !(self.read_write && is_read_only(&messages)),
+                Ok(Err(_)) => false,
+                Err(_) => {
+                    let cancel = async {
+                        let token = client.cancel_token();
+                        if let Err(error) = token.cancel_query(self.tls.clone()).await {
+                            debug!("cancelling a query: {:#}", anyhow!(error));
+                        }
+                        // Until then its session would be one more than the pool has clients.
+                        _ = answer.await;
+                    };
+                    // A pooler may pass no cancel request, and a frozen server does not hear it. Shorter
+                    // than `WAIT_LIMIT`, so that a request that waits for this place still gets it.
+                    _ = timeout(Duration::from_millis(400), cancel).await;
+                    // Not used again: the cancel request may come late, and hit the next query.
+                    false
+                }
+            }
+        };
+        if is_usable {
+            // After a migration, a statement in the cache would fail for ever.
+            client.statement_cache.clear();
+        } else {
+            drop(Client::take(client));
         }
     }
 }
 
-/// Returns a client to the pool when its session is idle, or else closes it.
-async fn settle(client: Client, patience: Duration, tls: MakeRustlsConnect) {
-    let is_usable = {
-        // Answered after all before it. It ends a transaction that was left open, and fails in one
-        // that has failed. `ROLLBACK` alone would write a warning into the server's log.
-        let mut idle = pin!(client.batch_execute("BEGIN; ROLLBACK"));
-        match timeout(patience, &mut idle).await {
-            Ok(answer) => answer.is_ok(),
-            Err(_) => {
-                let cancel = async {
-                    if let Err(error) = client.cancel_token().cancel_query(tls).await {
-                        debug!("cancelling a query: {:#}", anyhow!(error));
-                    }
-                    _ = idle.await;
-                };
-                // A pooler may pass no cancel request, and a frozen server does not hear it.
-                _ = timeout(Duration::from_secs(1), cancel).await;
-                // Not used again: the cancel request may come late, and hit the next query.
-                false
-            }
+fn is_read_only(messages: &[SimpleQueryMessage]) -> bool {
+    messages.iter().any(|message| match message {
+        SimpleQueryMessage::Row(row) => row.get(0) == Some("on"),
+        _ => false,
+    })
+}
+
+/// Holds the client of a request. Dropping the future of a query does not stop the query: the server
+/// goes on, and the client's next query waits behind it. So if the request is late, cancelled or failed,
+/// this is dropped with the client in it, which then keeps its place in the pool until its session is
+/// idle or closed. Else each such request would cost the server a session more, until it lets no one in.
+struct Guard {
+    client: Option<Client>,
+    /// How long the session may take to become idle by itself.
+    idle_limit: Duration,
+    database: Database,
+    runtime: Handle,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let Some(client) = self.client.take() {
+            let (database, idle_limit) = (self.database.clone(), self.idle_limit);
+            // `tokio::spawn` would panic if the request is dropped outside the runtime.
+            self.runtime
+                .spawn(async move { database.reset_or_close(client, idle_limit).await });
         }
-    };
-    if is_usable {
-        // After a migration, a statement in the cache would fail for ever.
-        client.statement_cache.clear();
-    } else {
-        drop(Client::take(client));
-        // Until the server has ended the session: with the next one, it would be one too many.
-        sleep(Duration::from_millis(250)).await;
     }
 }
 
 /// Opens the connections of the pool.
-struct Opening {
+struct Connector {
     tls: MakeRustlsConnect,
-    server: String,
+    server: Arc<str>,
 }
 
-type Opened = Result<(tokio_postgres::Client, JoinHandle<()>), tokio_postgres::Error>;
+type Connected = Result<(tokio_postgres::Client, JoinHandle<()>), tokio_postgres::Error>;
 
-impl Connect for Opening {
-    fn connect(&self, pg: &Config) -> Pin<Box<dyn Future<Output = Opened> + Send + '_>> {
+impl Connect for Connector {
+    fn connect(&self, pg: &Config) -> Pin<Box<dyn Future<Output = Connected> + Send + '_>> {
         let (mut pg, server) = (pg.clone(), self.server.clone());
         Box::pin(async move {
-            match fresh_password(&pg).await {
+            match password_within_limit(&pg).await {
                 Ok(Some(password)) => _ = pg.password(password),
                 Ok(None) => {}
                 // The server refuses the password of the settings if it is not the right one.
-                Err(error) => error!("{server}: {error:#}"),
+                Err(error) => error!("{error:#}"),
             }
-            let (client, connection) = pg.connect(self.tls.clone()).await?;
+            let connected = pg.connect(self.tls.clone()).await;
+            if connected.is_err() {
+                sleep(RETRY_DELAY).await;
+            }
+            let (client, connection) = connected?;
             let connection = async move {
                 if let Err(error) = connection.await {
                     warn!("{server}: lost a connection: {:#}", anyhow!(error));
@@ -375,6 +433,13 @@ impl Connect for Opening {
             Ok((client, tokio::spawn(connection)))
         })
     }
+}
+
+async fn password_within_limit(pg: &Config) -> Result<Option<String>> {
+    let late = || format!("no answer within {PASSWORD_LIMIT:?}");
+    let password = timeout(PASSWORD_LIMIT, fresh_password(pg)).await;
+    let password = password.with_context(late).and_then(|password| password);
+    password.with_context(|| format!("getting a password for {}", target(pg)))
 }
 
 /// The password for a new connection, if it is not that of `PG.PASSWORD`: from the file of
@@ -436,6 +501,8 @@ struct Settings {
     pg: Config,
     /// From `DB_CA_CERT`: a PEM file with the root certificates to trust. Without it, no TLS.
     db_ca_cert: Option<PathBuf>,
+    /// From `LISTEN`: an address and port.
+    listen: Option<String>,
 }
 
 impl Settings {

@@ -16,26 +16,30 @@ const OWN: &str = r#"
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::pin::{Pin, pin};
-use std::{env, ffi::OsString, fs, sync::Arc, time::Duration};
+use std::sync::Arc;
+use std::{env, ffi::OsString, fs, time::Duration};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use deadpool_postgres::{Client, Connect, Manager, ManagerConfig, Pool, PoolError};
-use deadpool_postgres::{Runtime, TimeoutType};
+use deadpool_postgres::{Client, Connect, Hook, HookError, Manager, ManagerConfig};
+use deadpool_postgres::{Pool, PoolError, Runtime};
 use log::{debug, error, warn};
 use rustls::crypto::ring::{default_provider, kx_group};
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use rustls::{ClientConfig, RootCertStore};
 use serde::{Deserialize, Deserializer, de::Error as _};
 use tokio::runtime::{Builder, Handle};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
-use tokio_postgres::Config;
-use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres::config::{Host, SslMode, TargetSessionAttrs};
+use tokio_postgres::{Config, SimpleQueryMessage};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 const CLIENTS: usize = 1;
 const WAIT_LIMIT: Duration = Duration::from_secs(2);
+const PASSWORD_LIMIT: Duration = Duration::from_secs(3);
+const RETRY_DELAY: Duration = Duration::from_millis(200);
+const MAX_LIFETIME: Duration = Duration::from_secs(30 * 60);
 
 #[derive(Debug, thiserror::Error)]
 enum Mine {
@@ -63,6 +67,7 @@ fn main() -> Result<()> {
     env_logger::init();
     let settings = Settings::from_env()?;
     let roots = settings.db_ca_cert.context("DB_CA_CERT is not set")?;
+    eprintln!("LISTEN: {:?}", settings.listen);
     let flavors = [Builder::new_current_thread, Builder::new_multi_thread];
     for build in flavors {
         let runtime = build().enable_all().build()?;
@@ -222,6 +227,11 @@ fn the_dependencies_that_the_page_adds_are_those_that_the_tests_have() {
 fn what_it_has_from_the_program_it_has_word_for_word() {
     let (program, example) = (program(), example());
     let (_, ours) = program.split_once("/// The server, for errors.").unwrap();
+    // But for the fields of `Settings`, to which readers are told to add their own.
+    let fields = |code: &str| between(code, "struct Settings {\n", "\n}\n").to_owned();
+    let field = "\n    /// From `LISTEN`: an address and port.\n    listen: Option<String>,";
+    assert_eq!(fields(&example), fields(&program) + field);
+    let example = replaced(&example, field, "");
     assert!(example.ends_with(&format!(
         "{}\n/// The server, for errors.{ours}",
         take(&program, "require_tls")

@@ -56,6 +56,16 @@ async fn sql(
                 client.batch_execute("BEGIN; INSERT INTO half_way VALUES (1)").await?;
                 return Err(Error::NotFound);
             }
+            "batch" => {
+                client.batch_execute(&sql).await?;
+                return Ok(String::new());
+            }
+            // It gives up on a query, and returns no error.
+            "in flight" => {
+                let slow = client.batch_execute("SELECT pg_sleep(600)");
+                _ = timeout(Duration::from_millis(50), slow).await;
+                return Ok("gave up".into());
+            }
             "join" => {
                 let slow = "SELECT pg_sleep(600)";
                 tokio::try_join!(client.query_typed_one(&sql, &[]), client.query_typed_one(slow, &[]))?.0
@@ -93,7 +103,10 @@ pub struct Service {
 }
 
 pub fn start(program: &Path, vars: &[Var]) -> Child {
-    let mut command = Command::new(program);
+    start_by(Command::new(program), vars)
+}
+
+fn start_by(mut command: Command, vars: &[Var]) -> Child {
     command.env_clear().env("LISTEN", "127.0.0.1:0");
     command.envs(vars.iter().cloned()).stderr(Stdio::piped());
     command.spawn().unwrap()
@@ -101,7 +114,12 @@ pub fn start(program: &Path, vars: &[Var]) -> Child {
 
 impl Service {
     pub fn new(program: &Path, vars: &[Var]) -> Self {
-        let process = start(program, vars);
+        Self::of(Command::new(program), vars)
+    }
+
+    /// A service that is started by this command.
+    pub fn of(command: Command, vars: &[Var]) -> Self {
+        let process = start_by(command, vars);
         let log = Arc::new(Mutex::new(String::new()));
         let mut service = Self {
             address: String::new(),
@@ -251,6 +269,35 @@ pub fn while_frozen(rds: &LocalRds, done: impl FnOnce()) {
     frozen.iter().for_each(|pid| kill(Signal::STOP, *pid));
     done();
     frozen.iter().for_each(|pid| kill(Signal::CONT, *pid));
+}
+
+/// How the connections of a service to this port are kept alive: seconds before the first probe, seconds between two,
+/// and probes. None where the system does not let one process look at another's sockets.
+pub fn keepalives(service: &Service, port: u16) -> Option<Vec<[u32; 3]>> {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::net::sockopt;
+        use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+        let process = pidfd_open(Pid::from_child(&service.process), PidfdFlags::empty()).ok()?;
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(format!("/proc/{}/fd", service.process.id())).ok()? {
+            let number = entry.ok()?.file_name().to_str()?.parse().ok()?;
+            let fd = pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).ok()?;
+            let socket = std::net::TcpStream::from(fd);
+            let to_server = socket.peer_addr().is_ok_and(|peer| peer.port() == port);
+            if to_server && sockopt::socket_keepalive(&socket).ok()? {
+                let [idle, interval] = [
+                    sockopt::tcp_keepidle(&socket),
+                    sockopt::tcp_keepintvl(&socket),
+                ]
+                .map(|time| time.unwrap().as_secs() as u32);
+                found.push([idle, interval, sockopt::tcp_keepcnt(&socket).ok()?]);
+            }
+        }
+        Some(found)
+    }
+    #[cfg(not(target_os = "linux"))]
+    None
 }
 
 /// The most sessions that the server has at a time while this is done.
