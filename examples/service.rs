@@ -49,11 +49,10 @@ const CLIENTS: usize = 4;
 /// of their queries. Who came first is served first, so with a longer limit each caller would get its
 /// client just before it leaves.
 const WAIT_LIMIT: Duration = Duration::from_millis(500);
-/// For reading `PASSWORD_FILE` or making a token. It is a part of the time for connecting, for which
-/// see `PG.CONNECT_TIMEOUT`.
+/// For reading `PASSWORD_FILE` or making a token, within the time for connecting.
 const PASSWORD_LIMIT: Duration = Duration::from_secs(3);
-/// A failed attempt to connect is reported later by this. Else a server that refuses would be asked
-/// thousands of times a second.
+/// How much later a failed attempt to connect is reported. Without it, a server that refuses would be
+/// asked thousands of times a second.
 const RETRY_DELAY: Duration = Duration::from_millis(200);
 /// For the queries of a request.
 const QUERY_LIMIT: Duration = Duration::from_secs(4);
@@ -90,7 +89,7 @@ async fn serve(settings: Settings) -> Result<()> {
 
     let service = Router::new()
         .route("/settings/{name}", get(setting))
-        // It does not ask the database: in an outage, a load balancer would end all instances.
+        // It does not ask the database, or else a load balancer would stop all instances in an outage.
         .route("/healthz", get(async || "ok"))
         .layer(from_fn_with_state(database.clone(), log_failures))
         .with_state(database);
@@ -102,9 +101,7 @@ async fn serve(settings: Settings) -> Result<()> {
     info!("ending, after the requests that run");
     drop(stop);
     if timeout(SHUTDOWN_LIMIT, serving).await.is_err() {
-        warn!(
-            "some requests were still running, or had not arrived in full, after {SHUTDOWN_LIMIT:?}"
-        );
+        warn!("some requests were still running or incomplete after {SHUTDOWN_LIMIT:?}");
     }
     Ok(())
 }
@@ -153,7 +150,7 @@ async fn setting(
     State(database): State<Database>,
     extract::Path(name): extract::Path<String>,
 ) -> Result<String, Error> {
-    // No others: a parameter may hold a secret, such as one of your own.
+    // Only these, as others may hold a secret, such as one that your application has set.
     const SHOWN: [&str; 6] = [
         "max_connections",
         "port",

@@ -203,7 +203,7 @@ fn as_it_is_it_answers_with_a_status_and_keeps_the_cause_for_the_log() {
 fn a_signal_lets_running_requests_finish_and_ends_it() {
     // Four round trips a second, so that a request takes long.
     let relay = Relay::new(RDS.port(), Duration::from_millis(250)).unwrap();
-    let still = "some requests were still running, or had not arrived in full, after 10s";
+    let still = "some requests were still running or incomplete after 10s";
     let end = |signal, part: &str| {
         let mut service = Service::new(&SERVICE, &at_port(relay.port(), &RDS));
         // A caller that keeps its connection open, and one that sends nothing, or a part of a request.
