@@ -28,7 +28,7 @@ use crate::failover::hosts;
 use crate::support::fake::{Fake, WELCOME, black_hole, own_tls, silence, startup, tls};
 use crate::support::page::{example, new_project, replaced};
 use crate::support::service::{
-    COPY, MINUTE, SERVICE, SESSIONS, SIZE, Service, callers, dependencies, keepalives,
+    COPY, MINUTE, SERVICE, SESSIONS, SIZE, Service, callers, dependencies, end, keepalives,
     most_sessions, sessions, start, tables, terminate_sessions, while_frozen,
 };
 use crate::support::{
@@ -204,7 +204,7 @@ fn a_signal_lets_running_requests_finish_and_ends_it() {
     // Four round trips a second, so that a request takes long.
     let relay = Relay::new(RDS.port(), Duration::from_millis(250)).unwrap();
     let still = "some requests were still running or incomplete after 10s";
-    let end = |signal, part: &str| {
+    let end_with = |signal, part: &str| {
         let mut service = Service::new(&SERVICE, &at_port(relay.port(), &RDS));
         // A caller that keeps its connection open, and one that sends nothing, or a part of a request.
         let mut idle = TcpStream::connect(&service.address).unwrap();
@@ -230,14 +230,13 @@ fn a_signal_lets_running_requests_finish_and_ends_it() {
         eventually("it waits", waits);
         // It reads a file right after it has begun to listen for signals.
         sleep(Duration::from_millis(500));
-        kill(signal, process.id() as i32);
-        assert_eq!(process.wait().unwrap().code(), Some(0));
+        assert_eq!(end(&mut process, signal).code(), Some(0));
     };
     scope(|scope| {
         for signal in [Signal::TERM, Signal::INT] {
-            scope.spawn(move || end(signal, ""));
+            scope.spawn(move || end_with(signal, ""));
         }
-        scope.spawn(|| end(Signal::TERM, "GET /settings/port HTTP/1.1\r\n"));
+        scope.spawn(|| end_with(Signal::TERM, "GET /settings/port HTTP/1.1\r\n"));
         scope.spawn(|| end_at_start(Signal::INT, &server, &|| fake.has_a_client()));
         for vars in &files {
             scope.spawn(|| end_at_start(Signal::TERM, vars, &|| true));
@@ -580,6 +579,14 @@ fn a_writer_that_turns_read_only_costs_each_client_one_failed_request_and_then_h
     let service = Service::new(&COPY, &with(&rds, &[read_write]));
     let write = || service.sql("transaction", 4000, "SELECT 'written'::text");
     service.fill(&rds);
+    // While it can write, an error costs no session.
+    let before = sessions(&rds);
+    assert_eq!(
+        service.sql("transaction", 4000, "SELECT (1 / 0)::text"),
+        Err(500)
+    );
+    service.works(2 * SIZE);
+    assert!(sessions(&rds).iter().all(|pid| before.contains(pid)));
     let read_only = |on: &str| {
         let mut admin = admin(&rds);
         let sql = format!("ALTER SYSTEM SET default_transaction_read_only = {on}");

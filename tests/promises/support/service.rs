@@ -215,9 +215,20 @@ impl Service {
 
     /// Sends a signal, and waits for the end.
     pub fn end(&mut self, signal: Signal) -> ExitStatus {
-        kill(signal, self.process.id() as i32);
-        self.process.wait().unwrap()
+        end(&mut self.process, signal)
     }
+}
+
+/// Sends a signal to a process, and waits for its end.
+#[track_caller]
+pub fn end(process: &mut Child, signal: Signal) -> ExitStatus {
+    kill(signal, process.id() as i32);
+    let mut status = None;
+    eventually("it has ended", || {
+        status = process.try_wait().unwrap();
+        status.is_some()
+    });
+    status.unwrap()
 }
 
 pub const MINUTE: Duration = Duration::from_secs(60);
