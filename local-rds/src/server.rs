@@ -18,40 +18,8 @@ use crate::{Builder, ENDPOINT, IAM_USER, USER, programs};
 /// The limit for a server to start, and for a standby to begin to stream.
 const START: Duration = Duration::from_secs(60);
 
-/// Runs the server while the script's standard input is open and its folder exists. When the parent process ends, in
-/// whatever way, the kernel closes the input. Then the script stops the server and deletes the folder.
-const KEEPER: &str = r#"
-trap '' HUP INT QUIT
-exec 3<&0
-(
-    test -d "$2/data" || "$1/initdb" -D "$2/data" --username="$4" --encoding=UTF8 --locale=C \
-        --auth=trust --no-sync || exit
-    exec "$1/postgres" -D "$2/data" -k "$2/data" -p "$3" -c config_file="$2/postgresql.conf"
-) </dev/null >>"$2/log" 2>&1 3<&- &
-server=$!
-stop() {
-    # Repeat the signal, because initdb and postgres ignore it for a moment when they start. After 5 s send QUIT,
-    # because PostgreSQL 18 may wait for ever in recovery after a crash. After 30 s send KILL, to this script as well.
-    signal=INT tries=0
-    while kill -0 "$server"; do
-        tries=$((tries + 1))
-        case $tries in 100) signal=QUIT ;; 600) signal=KILL ;; esac
-        kill "-$signal" 0
-        sleep 0.05
-    done
-}
-{ cat <&3 >/dev/null; stop; } &
-owner=$!
-{ while test -d "$2" && kill -0 "$server"; do sleep 1; done; stop; } 3<&- &
-exec 3<&-
-wait "$server"
-echo >"$2/ended"
-# The owner may still read the log.
-wait "$owner"
-test -e "$2/keep" || rm -rf "$2"
-# What is left of this process group: the script, and a `sleep` of the folder's watcher.
-kill -KILL 0
-"#;
+/// The script that runs a server, and deletes its folder when the server has ended.
+const KEEPER: &str = include_str!("keeper.sh");
 
 /// A running stand-in.
 pub struct LocalRds {
