@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::{env, fs, process};
 
 use anyhow::{Context, Result};
+use rustix::process::geteuid;
 
 use crate::ServerCertificate;
 
@@ -34,11 +35,11 @@ pub struct Home {
 
 impl Home {
     pub fn new(bin: PathBuf, files: Files) -> Result<Self> {
-        let user = match id(&["-u"]) {
-            Some(0) => Some(
-                server_user().context("PostgreSQL does not run as root: make a user postgres")?,
-            ),
-            _ => None,
+        let user = if geteuid().is_root() {
+            let user = server_user();
+            Some(user.context("PostgreSQL does not run as root: make a user postgres")?)
+        } else {
+            None
         };
         let folder = new_folder()?;
         let home = Self {
@@ -157,14 +158,16 @@ fn new_folder_in(parent: &Path) -> Result<PathBuf> {
     }
 }
 
+/// The user and group to run the server as.
 fn server_user() -> Option<(u32, u32)> {
-    let of = |name| Some((id(&["-u", name])?, id(&["-g", name])?));
+    let of = |name| Some((id("-u", name)?, id("-g", name)?));
     of("postgres").or_else(|| of("nobody"))
 }
 
-/// The number that the command `id` prints.
-fn id(args: &[&str]) -> Option<u32> {
-    printed("id", args)?.trim().parse().ok()
+/// The number of a user, or of the user's group. The command asks all of the system's sources, such as LDAP: reading
+/// `/etc/passwd` would not, and neither std nor rustix can ask them.
+fn id(option: &str, user: &str) -> Option<u32> {
+    printed("id", &[option, user])?.trim().parse().ok()
 }
 
 /// What a command prints, if there is such a command.
