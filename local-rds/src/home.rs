@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::{env, fs, process};
 
 use anyhow::{Context, Result};
+use rustix::fs::statvfs;
 use rustix::process::geteuid;
 
 use crate::ServerCertificate;
@@ -127,19 +128,12 @@ impl Drop for Home {
 fn new_folder() -> Result<PathBuf> {
     let shm = "/dev/shm";
     if env::var_os("TMPDIR").is_none()
-        && free_kib(shm).is_some_and(|free| free > 1024 * 1024)
+        && statvfs(shm).is_ok_and(|shm| shm.f_bavail * shm.f_frsize > 1 << 30)
         && let Ok(folder) = new_folder_in(Path::new(shm))
     {
         return Ok(folder);
     }
     new_folder_in(&env::temp_dir())
-}
-
-fn free_kib(folder: &str) -> Option<u64> {
-    let df = printed("df", &["-Pk", folder])?;
-    // "tmpfs 24684084 0 24684084 0% /dev/shm", below a line of headings
-    let line = df.lines().nth(1)?;
-    line.split_whitespace().nth(3)?.parse().ok()
 }
 
 /// Creates a folder with a name that this process has not used before, as a folder is deleted twice: by the server's
@@ -167,11 +161,6 @@ fn server_user() -> Option<(u32, u32)> {
 /// The number of a user, or of the user's group. The command asks all of the system's sources, such as LDAP: reading
 /// `/etc/passwd` would not, and neither std nor rustix can ask them.
 fn id(option: &str, user: &str) -> Option<u32> {
-    printed("id", &[option, user])?.trim().parse().ok()
-}
-
-/// What a command prints, if there is such a command.
-fn printed(command: &str, args: &[&str]) -> Option<String> {
-    let output = Command::new(command).args(args).output().ok()?;
-    String::from_utf8(output.stdout).ok()
+    let output = Command::new("id").args([option, user]).output().ok()?;
+    String::from_utf8(output.stdout).ok()?.trim().parse().ok()
 }
