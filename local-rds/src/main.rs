@@ -15,8 +15,9 @@ A throwaway PostgreSQL that looks like an Amazon RDS instance to a client.
 
 local-rds [OPTIONS] [COMMAND [ARGS]]
 
-With a command: runs it with PG.*, DB_CA_CERT and the variables of libpq, and exits with its exit code.
-Without: prints how to connect, and waits for Ctrl-C.
+With a command: runs it with PG__*, DB_CA_CERT and the variables of libpq, and exits with its exit code.
+Your own variables PG.* and PG__* do not reach the command.
+Without a command: prints how to connect, and waits for Ctrl-C.
 
   --force-ssl 0|1                      rds.force_ssl (1 from PostgreSQL 15 on)
   --key-type rsa2048|rsa4096|ecc384    the keys of its certificate authority (rsa2048)
@@ -56,8 +57,8 @@ fn main() -> Result<ExitCode> {
     }
     let Some((program, args)) = command.split_first() else {
         println!("PostgreSQL {} until Ctrl-C. To connect:\n", rds.version()?);
-        for (name, value) in rds.env() {
-            println!("  export {}='{value}'", name.replace("PG.", "PG__"));
+        for (name, value) in program_env(&rds) {
+            println!("  export {name}='{value}'");
         }
         println!();
         for (name, value) in rds.libpq_env() {
@@ -68,8 +69,10 @@ fn main() -> Result<ExitCode> {
     };
 
     let mut command = Command::new(program);
-    command.args(args).envs(rds.env()).envs(rds.libpq_env());
+    forget_program_env(&mut command);
     local_rds::forget_package(&mut command);
+    command.args(args).envs(program_env(&rds));
+    command.envs(rds.libpq_env());
     let mut child = command
         .spawn()
         .with_context(|| format!("running {}", program.display()))?;
@@ -86,4 +89,22 @@ fn main() -> Result<ExitCode> {
         .or(status.signal().map(|signal| 128 + signal))
         .unwrap_or(1);
     Ok(ExitCode::from(u8::try_from(code)?))
+}
+
+/// The variables with which the program connects, under the names that every shell passes on: bash exports no `PG.HOST`,
+/// and dash drops it.
+fn program_env(rds: &LocalRds) -> impl Iterator<Item = (String, String)> {
+    let variables = rds.env().into_iter();
+    variables.map(|(name, value)| (name.replace("PG.", "PG__"), value))
+}
+
+/// Removes the caller's own variables of the program, in all spellings that the program accepts: it refuses an option
+/// that is set twice, and another option could be for another server.
+fn forget_program_env(command: &mut Command) {
+    for (name, _) in std::env::vars_os() {
+        let lower = name.to_string_lossy().to_lowercase();
+        if lower.starts_with("pg.") || lower.starts_with("pg__") || lower == "db_ca_cert" {
+            command.env_remove(&name);
+        }
+    }
 }

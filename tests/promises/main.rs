@@ -15,6 +15,7 @@ mod service;
 mod service_taken;
 mod settings;
 mod soak;
+mod stand_in;
 mod support;
 mod tables;
 mod taken;
