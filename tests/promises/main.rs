@@ -3,6 +3,7 @@
 mod any_input;
 mod bad_input;
 mod broken_servers;
+mod ci;
 mod dns;
 mod failover;
 mod goodbye;
