@@ -14,7 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 
 use crate::support::fake::{SSL_REQUEST, only_says};
-use crate::support::{PLAIN, PROGRAM, RDS, Run, at, demo, file, with};
+use crate::support::{PLAIN, PROGRAM, RDS, Run, UNSET, at, demo, file, with};
 use local_rds::{Authority, ENDPOINT, KeyType, ServerCertificate};
 use tempfile::TempDir;
 
@@ -226,7 +226,7 @@ fn a_limit_of_any_length_is_none_to_overflow() {
     demo(&with(&RDS, &[("PG.CONNECT_TIMEOUT", &max)])).succeeded();
     let dead = [
         ("PG.HOST", &*hosts),
-        ("PG.HOSTADDR", ""),
+        ("PG.HOSTADDR", UNSET),
         ("PG.CONNECT_TIMEOUT", &max),
     ];
     at(1, &RDS, &dead).failed(&["connecting to", "Connection refused"]);
@@ -242,9 +242,8 @@ fn an_empty_value_is_refused() {
         "PG.OPTIONS",
         "DB_CA_CERT",
     ] {
-        let mut vars = with(&RDS, &[(name, ""), (&name.replace("__", "."), "")]);
-        vars.push((name.into(), "".into()));
-        demo(&vars).failed(&[&format!("{name} is empty or not UTF-8")]);
+        let change = [(&*name.replace("__", "."), UNSET), (name, "")];
+        demo(&with(&RDS, &change)).failed(&[&format!("{name} is empty or not UTF-8")]);
     }
 }
 
@@ -257,7 +256,7 @@ fn a_value_that_is_not_utf_8_is_refused_and_not_shown() {
         "PG__PASSWORD",
         "DB_CA_CERT",
     ] {
-        let mut vars = with(&RDS, &[(name, ""), (&name.replace("__", "."), "")]);
+        let mut vars = with(&RDS, &[(&name.replace("__", "."), UNSET)]);
         vars.push((name.into(), OsStr::from_bytes(b"s3cret \xe9\xff").into()));
         let run = demo(&vars);
         run.failed(&[&format!("{name} is empty or not UTF-8")]);
@@ -272,14 +271,17 @@ fn a_value_that_is_not_utf_8_is_refused_and_not_shown() {
 #[test]
 fn a_socket_is_refused_where_tls_is_required_and_used_where_it_is_not() {
     let socket = RDS.socket();
-    let socket = [("PG.HOST", socket.to_str().unwrap()), ("PG.HOSTADDR", "")];
+    let socket = [
+        ("PG.HOST", socket.to_str().unwrap()),
+        ("PG.HOSTADDR", UNSET),
+    ];
     demo(&with(&RDS, &socket)).failed(&[socket[0].1, "server does not support TLS"]);
-    let plainly = [("DB_CA_CERT", ""), ("PG.USER", "rdsadmin")];
+    let plainly = [("DB_CA_CERT", UNSET), ("PG.USER", "rdsadmin")];
     demo(&with(&RDS, &[socket, plainly].concat())).succeeded();
     let nonexistent = [
         ("PG.HOST", "/nonexistent"),
-        ("PG.HOSTADDR", ""),
-        ("DB_CA_CERT", ""),
+        ("PG.HOSTADDR", UNSET),
+        ("DB_CA_CERT", UNSET),
     ];
     demo(&with(&RDS, &nonexistent)).failed(&["/nonexistent", "No such file or directory"]);
 }
@@ -288,9 +290,9 @@ fn a_socket_is_refused_where_tls_is_required_and_used_where_it_is_not() {
 fn an_address_without_a_name_is_refused_where_tls_is_required() {
     let hello = only_says(b"S");
     let address = format!("connecting to [127.0.0.1], ports [{}]", hello.port);
-    at(hello.port, &RDS, &[("PG.HOST", "")]).failed(&[&address, "no hostname provided"]);
+    at(hello.port, &RDS, &[("PG.HOST", UNSET)]).failed(&[&address, "no hostname provided"]);
     assert_eq!(hello.heard(), [SSL_REQUEST]);
-    demo(&with(&PLAIN, &[("PG.HOST", ""), ("DB_CA_CERT", "")])).succeeded();
+    demo(&with(&PLAIN, &[("PG.HOST", UNSET), ("DB_CA_CERT", UNSET)])).succeeded();
 }
 
 #[test]
@@ -331,7 +333,7 @@ fn what_the_server_does_not_accept_is_its_own_words() {
             "-c nonsense=1",
             "FATAL: unrecognized configuration parameter \"nonsense\"",
         ),
-        ("PG.PASSWORD", "", "password missing"),
+        ("PG.PASSWORD", UNSET, "password missing"),
     ] {
         demo(&with(&RDS, &[(name, value)])).failed(&[ENDPOINT, why]);
     }

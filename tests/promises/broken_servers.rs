@@ -20,9 +20,9 @@ use crate::support::fake::{
 };
 use crate::support::page::{between, readme};
 use crate::support::{
-    LOCKED, PLAIN, RDS, Run, admin, at, builder, demo, eventually, full, kill, shutting_down,
-    terminate, then_the_good_one, waits_for_more_to_recover, while_it_starts, while_the_query_runs,
-    with,
+    LOCKED, PLAIN, RDS, Run, UNSET, admin, at, builder, demo, eventually, full, kill,
+    shutting_down, terminate, then_the_good_one, waits_for_more_to_recover, while_it_starts,
+    while_the_query_runs, with,
 };
 use local_rds::ENDPOINT;
 use rustix::process::Signal;
@@ -145,7 +145,7 @@ fn every_fault_at_every_point_is_an_error_within_the_time_allowed() {
     let case = |with_tls: bool, point: Point, fault: Fault, limit: &str| {
         let acceptor = with_tls.then(|| acceptor.clone());
         let fake = Fake::new(move |wire| server(wire, acceptor.clone(), point, fault));
-        let roots = if with_tls { roots } else { "" };
+        let roots = if with_tls { roots } else { UNSET };
         let change = [("DB_CA_CERT", roots), ("PG.CONNECT_TIMEOUT", limit)];
         let run = at(fake.port, &RDS, &change);
         run.failed(&[
@@ -180,7 +180,7 @@ fn every_fault_at_every_point_is_an_error_within_the_time_allowed() {
                     scope.spawn(move || case(with_tls, *point, fault, "2"));
                 }
                 // Without a limit of one's own there is one all the same.
-                for none in ["", "0", "-1"] {
+                for none in [UNSET, "0", "-1"] {
                     scope.spawn(move || case(with_tls, *point, Silence, none));
                 }
             }
@@ -190,7 +190,7 @@ fn every_fault_at_every_point_is_an_error_within_the_time_allowed() {
 
 /// Without TLS, to a fake server.
 fn plainly(fake: &Fake) -> Run {
-    let change = [("DB_CA_CERT", ""), ("PG.CONNECT_TIMEOUT", "1")];
+    let change = [("DB_CA_CERT", UNSET), ("PG.CONNECT_TIMEOUT", "1")];
     at(fake.port, &RDS, &change)
 }
 
@@ -290,7 +290,7 @@ fn of_several_hosts_the_next_is_tried_in_time_if_the_first_fails() {
             (ENDPOINT, no_tls.port),
             ("db.example.com", good),
         ] {
-            for limit in ["2", ""] {
+            for limit in ["2", UNSET] {
                 scope.spawn(move || demo(&then_the_good_one(name, port, limit)).succeeded());
             }
         }
@@ -314,9 +314,9 @@ fn of_several_hosts_one_that_falls_silent_ends_it_within_the_time_of_all() {
 #[test]
 fn a_host_whose_name_is_gone_is_passed_over() {
     let hosts = ("PG.HOST", "gone.invalid,127.0.0.1");
-    let change = [hosts, ("PG.HOSTADDR", ""), ("DB_CA_CERT", "")];
+    let change = [hosts, ("PG.HOSTADDR", UNSET), ("DB_CA_CERT", UNSET)];
     demo(&with(&PLAIN, &change)).succeeded();
-    let gone = [("PG.HOST", "gone.invalid"), ("PG.HOSTADDR", "")];
+    let gone = [("PG.HOST", "gone.invalid"), ("PG.HOSTADDR", UNSET)];
     demo(&with(&PLAIN, &gone)).failed(&[
         "connecting to gone.invalid:",
         "failed to lookup address information",

@@ -1,6 +1,6 @@
 //! The server sees every session end as it should.
 
-use crate::support::{admin_config, builder, demo, eventually, with};
+use crate::support::{UNSET, admin_config, builder, demo, eventually, with};
 
 #[test]
 fn says_goodbye() {
@@ -12,7 +12,7 @@ fn says_goodbye() {
         .start()
         .unwrap();
     demo(&with(&rds, &[])).succeeded();
-    demo(&with(&rds, &[("DB_CA_CERT", "")])).succeeded();
+    demo(&with(&rds, &[("DB_CA_CERT", UNSET)])).succeeded();
     let over = |log: String| log.matches("disconnection: ").count();
     // Two of ours and one of the set-up; the server logs them after it has hung up.
     eventually("three sessions are over", || over(rds.log().unwrap()) == 3);

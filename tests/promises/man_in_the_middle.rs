@@ -13,7 +13,7 @@ use std::io::Error;
 use crate::support::fake::{
     CLEARTEXT_PASSWORD, Fake, SSL_REQUEST, Wire, acceptor, message, silence, startup, tls,
 };
-use crate::support::{RDS, at, builder, demo, eventually, with};
+use crate::support::{RDS, UNSET, at, builder, demo, eventually, with};
 use local_rds::{Authority, ENDPOINT, KeyType, LocalRds};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa};
 use time::{Duration, OffsetDateTime};
@@ -38,7 +38,7 @@ fn the_trap_works_on_a_client_without_tls() {
     at(
         trap.port,
         &RDS,
-        &[("DB_CA_CERT", ""), ("PG.CONNECT_TIMEOUT", "1")],
+        &[("DB_CA_CERT", UNSET), ("PG.CONNECT_TIMEOUT", "1")],
     )
     .failed(&["no answer within 2s"]);
     assert!(
@@ -304,7 +304,7 @@ fn channel_binding_gives_a_relay_away_that_has_a_certificate_of_the_same_authori
     let run = |fake: &Fake, binding: &str| at(fake.port, &rds, &[("PG.CHANNEL_BINDING", binding)]);
 
     let honest = relay(&rds, &authority, |_| {});
-    for binding in ["", "prefer", "require"] {
+    for binding in [UNSET, "prefer", "require"] {
         run(&honest, binding).failed(&[ENDPOINT, "SCRAM channel binding check failed"]);
     }
     // That it works without shows that the binding is what stops it.
@@ -314,7 +314,7 @@ fn channel_binding_gives_a_relay_away_that_has_a_certificate_of_the_same_authori
         assert_eq!(body[4..], *b"SCRAM-SHA-256-PLUS\0SCRAM-SHA-256\0\0");
         body.drain(4..4 + b"SCRAM-SHA-256-PLUS\0".len());
     });
-    run(&strips_plus, "").failed(&[ENDPOINT, "SCRAM channel binding negotiation error"]);
+    run(&strips_plus, UNSET).failed(&[ENDPOINT, "SCRAM channel binding negotiation error"]);
     run(&strips_plus, "require").failed(&[ENDPOINT, "server did not use channel binding"]);
     run(&strips_plus, "disable").succeeded();
 

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::support::{PLAIN, RDS, TLS_1_2, at, builder, demo, with};
+use crate::support::{PLAIN, RDS, TLS_1_2, UNSET, at, builder, demo, with};
 use local_rds::{LocalRds, Relay};
 
 /// TCP, SSLRequest, TLS, start-up, SCRAM's two, and the query.
@@ -35,7 +35,7 @@ fn direct_tls_saves_one() {
 
 #[test]
 fn without_tls_it_is_two_fewer() {
-    assert_eq!(round_trips(&PLAIN, &[("DB_CA_CERT", "")]), 5);
+    assert_eq!(round_trips(&PLAIN, &[("DB_CA_CERT", UNSET)]), 5);
 }
 
 #[test]

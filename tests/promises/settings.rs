@@ -3,7 +3,7 @@
 use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
 
-use crate::support::{KEYWORDS, PROGRAM, RDS, Run, admin, changed, demo, vars, with};
+use crate::support::{KEYWORDS, PROGRAM, RDS, Run, UNSET, admin, changed, demo, vars, with};
 use tokio_postgres::Config;
 use tokio_postgres::config::{
     ChannelBinding, LoadBalanceHosts, SslMode, SslNegotiation, TargetSessionAttrs,
@@ -135,7 +135,7 @@ fn settings_that_contradict_each_other_are_refused() {
 #[test]
 fn a_value_that_seems_to_hold_a_secret_is_refused_and_not_shown() {
     let refused = |name: &str, value: &str, why: &str| {
-        let run = nowhere(&[("PG.HOST", ""), (name, value)]);
+        let run = nowhere(&[("PG.HOST", UNSET), (name, value)]);
         run.failed(&[&format!("{name} must {why}")]);
         assert!(!run.output.contains("hunter2"), "{}", run.output);
     };
@@ -184,7 +184,7 @@ fn a_password_in_a_variable_that_takes_other_values_is_not_shown() {
             format!("PG.{}", keyword.to_uppercase()),
             format!("PG.X{keyword}"),
         ] {
-            let run = nowhere(&[("PG.PORT", ""), (&name, "hunter2")]);
+            let run = nowhere(&[("PG.PORT", UNSET), (&name, "hunter2")]);
             assert!(
                 run.error().to_lowercase().contains(keyword),
                 "{}",
@@ -250,7 +250,7 @@ fn any_password_survives() {
         for name in ["PG.PASSWORD", "PG__PASSWORD"] {
             let change = [
                 ("PG.USER", "any_password"),
-                ("PG.PASSWORD", ""),
+                ("PG.PASSWORD", UNSET),
                 (name, password),
             ];
             demo(&with(&RDS, &change)).succeeded();

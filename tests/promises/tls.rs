@@ -2,7 +2,7 @@
 
 use std::thread::scope;
 
-use crate::support::{PLAIN, RDS, TLS_1_2, demo, file, with};
+use crate::support::{PLAIN, RDS, TLS_1_2, UNSET, demo, file, with};
 use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, PASSWORD};
 
 #[test]
@@ -75,16 +75,16 @@ fn an_iam_token_is_refused_without_tls_even_where_tls_is_not_forced() {
     let iam = [
         ("PG.USER", IAM_USER),
         ("PG.PASSWORD", &token),
-        ("DB_CA_CERT", ""),
+        ("DB_CA_CERT", UNSET),
     ];
     demo(&with(&PLAIN, &iam)).failed(&["pg_hba.conf rejects connection", "no encryption"]);
 }
 
 #[test]
 fn connects_without_tls_where_allowed_and_warns() {
-    for mode in ["", "disable", "prefer"] {
+    for mode in [UNSET, "disable", "prefer"] {
         let plainly = [
-            ("DB_CA_CERT", ""),
+            ("DB_CA_CERT", UNSET),
             ("PG.SSLMODE", mode),
             ("PG.APPLICATION_NAME", "plain"),
         ];
@@ -99,7 +99,7 @@ fn connects_without_tls_where_allowed_and_warns() {
 
 #[test]
 fn is_refused_without_tls_where_it_is_forced() {
-    demo(&with(&RDS, &[("DB_CA_CERT", "")])).failed(&[
+    demo(&with(&RDS, &[("DB_CA_CERT", UNSET)])).failed(&[
         ENDPOINT,
         "FATAL: no pg_hba.conf entry for host \"127.0.0.1\", user \"postgres\", database \"postgres\"",
     ]);
@@ -178,6 +178,6 @@ fn the_handshake_is_shown_at_debug_and_no_secret() {
 
 #[test]
 fn channel_binding_required_is_not_to_be_had_without_tls() {
-    let binding = [("DB_CA_CERT", ""), ("PG.CHANNEL_BINDING", "require")];
+    let binding = [("DB_CA_CERT", UNSET), ("PG.CHANNEL_BINDING", "require")];
     demo(&with(&PLAIN, &binding)).failed(&[ENDPOINT, "server did not use channel binding"]);
 }

@@ -79,19 +79,20 @@ pub fn vars<N: AsRef<OsStr>, V: AsRef<OsStr>>(all: impl IntoIterator<Item = (N, 
         .collect()
 }
 
-/// Those of `rds` with `change` on top.
+/// As the value of a variable in a change: the variable is not set. No real value has a NUL. An empty value is a value,
+/// which the program refuses.
+pub const UNSET: &str = "\0unset";
+
+/// The variables of `rds`, with `change` on top.
 pub fn with(rds: &LocalRds, change: &[(&str, &str)]) -> Vec<Var> {
     changed(vars(rds.env()), change)
 }
 
-/// These with `change` on top, in which an empty value takes a variable away.
+/// The variables in `all`, with `change` on top, which may say [`UNSET`].
 pub fn changed(mut all: Vec<Var>, change: &[(&str, &str)]) -> Vec<Var> {
     all.retain(|(name, _)| change.iter().all(|(other, _)| name != other));
     all.extend(vars(
-        change
-            .iter()
-            .filter(|(_, value)| !value.is_empty())
-            .copied(),
+        change.iter().filter(|(_, value)| *value != UNSET).copied(),
     ));
     all
 }
