@@ -38,8 +38,8 @@ impl KeyType {
     }
 }
 
-/// ring cannot make RSA keys, and the libraries that can take long to build. Debian's PostgreSQL depends on the
-/// package of this command.
+/// Makes an RSA key with the command `openssl`: ring cannot make RSA keys, and the libraries that can take long to
+/// build. Debian's PostgreSQL depends on the package `openssl`.
 fn rsa(bits: u32, algorithm: &'static SignatureAlgorithm) -> Result<KeyPair> {
     let mut openssl = Command::new("openssl");
     openssl.args(["genpkey", "-algorithm", "RSA", "-pkeyopt"]);
@@ -51,7 +51,7 @@ fn rsa(bits: u32, algorithm: &'static SignatureAlgorithm) -> Result<KeyPair> {
     Ok(KeyPair::from_pkcs8_pem_and_sign_algo(&pem, algorithm)?)
 }
 
-/// A root and the subordinate under it, which signs the servers' certificates.
+/// A certificate authority: a root, and the subordinate under it, which signs the certificates of servers.
 pub struct Authority {
     key_type: KeyType,
     root: String,
@@ -59,13 +59,14 @@ pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
 }
 
-/// A server certificate with its key, all PEM.
+/// A server certificate, the certificate of its signer, and its private key, all as PEM.
 #[derive(Clone)]
 pub struct ServerCertificate {
     /// The server's own certificate.
     pub leaf: String,
-    /// The certificate that signed it. A server sends both.
+    /// The certificate of the subordinate that signed `leaf`. A server sends both.
     pub subordinate: String,
+    /// The private key of `leaf`.
     pub key: String,
 }
 

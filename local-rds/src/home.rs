@@ -76,8 +76,8 @@ impl Home {
         );
         self.write("pg_hba.conf", 0o600, &hba)?;
 
-        // The server uses the last line of a parameter, so the settings of an instance come last. Memory is shared by
-        // files in the folder, because /dev/shm may be another user's.
+        // The server uses the last line of a parameter, so the settings of an instance come last. The server's
+        // processes share memory through files in the folder, because /dev/shm may be another user's.
         let mut conf = String::from(
             "dynamic_shared_memory_type = mmap\n\
              fsync = off\n\
@@ -123,8 +123,9 @@ impl Drop for Home {
     }
 }
 
-/// Creates a folder in `TMPDIR`, or if that is not set in memory, because a server writes a thousand files and soon
-/// deletes them. Where there is too little memory, or none that this user may write to, the temporary folder serves.
+/// Creates a folder in `TMPDIR`. If `TMPDIR` is not set, the folder is in memory (`/dev/shm`), because a server writes
+/// a thousand files and soon deletes them. If `/dev/shm` has less than 1 GiB free, or this user may not write to it, the
+/// folder is in the system's temporary folder.
 fn new_folder() -> Result<PathBuf> {
     let shm = "/dev/shm";
     if env::var_os("TMPDIR").is_none()
@@ -136,15 +137,15 @@ fn new_folder() -> Result<PathBuf> {
     new_folder_in(&env::temp_dir())
 }
 
-/// Creates a folder with a name that this process has not used before, as a folder is deleted twice: by the server's
-/// script, and by dropping [`Home`].
+/// Creates a folder with a name that this process has not used before, because a folder is deleted twice: by the
+/// server's script, and by dropping [`Home`]. The second must not delete the folder of another server.
 fn new_folder_in(parent: &Path) -> Result<PathBuf> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {
         let nth = NEXT.fetch_add(1, Ordering::Relaxed);
         let folder = parent.join(format!("local-rds-{}-{nth}", process::id()));
         match fs::create_dir(&folder) {
-            // Left by an earlier process with the same number.
+            // An earlier process with the same number has left this folder.
             Err(error) if error.kind() == AlreadyExists => continue,
             made => made.with_context(|| format!("making {}", folder.display()))?,
         }

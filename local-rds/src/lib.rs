@@ -36,8 +36,8 @@ pub const PASSWORD: &str = "throwaway";
 /// A user with IAM database authentication: see [`LocalRds::iam_token`].
 pub const IAM_USER: &str = "iam_user";
 
-/// Removes the variables in which Cargo describes the running package: with them, a Cargo that this command starts
-/// builds ring again.
+/// Removes from the command's environment the variables in which Cargo describes the running package. With them, a
+/// Cargo that the command starts builds ring again.
 pub fn forget_package(command: &mut Command) {
     for (name, _) in std::env::vars_os() {
         let text = name.to_string_lossy();

@@ -77,7 +77,8 @@ fn main() -> Result<ExitCode> {
         .spawn()
         .with_context(|| format!("running {}", program.display()))?;
     let pid = Pid::from_child(&child);
-    // The terminal sends Ctrl-C to the command as well, which decides whether to end. SIGTERM is passed on.
+    // The terminal sends Ctrl-C to the command as well, and the command decides whether to end. SIGTERM comes to this
+    // process alone, which passes it on.
     std::thread::spawn(move || {
         for _ in signals.forever().filter(|signal| *signal == SIGTERM) {
             let _ = kill_process(pid, Signal::TERM);
@@ -91,8 +92,8 @@ fn main() -> Result<ExitCode> {
     Ok(ExitCode::from(u8::try_from(code)?))
 }
 
-/// The variables with which the program connects, under the names that every shell passes on: bash exports no `PG.HOST`,
-/// and dash drops it.
+/// The variables with which the program connects, under the names that every shell passes on: bash cannot export
+/// `PG.HOST`, and dash drops it.
 fn program_env(rds: &LocalRds) -> impl Iterator<Item = (String, String)> {
     let variables = rds.env().into_iter();
     variables.map(|(name, value)| (name.replace("PG.", "PG__"), value))

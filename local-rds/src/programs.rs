@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 
 use anyhow::{Context, Result, ensure};
 
-/// The folder of `initdb` and `postgres`: that of `LOCAL_RDS_BIN`, or else the first found.
+/// The folder of `initdb` and `postgres`: the one in `LOCAL_RDS_BIN`, or else the first of [`FOLDERS`] that has both.
 pub fn server() -> Result<PathBuf> {
     let has =
         |folder: &PathBuf| folder.join("initdb").is_file() && folder.join("postgres").is_file();
@@ -55,7 +55,7 @@ static FOLDERS: LazyLock<Vec<PathBuf>> = LazyLock::new(|| {
     if let Ok(out) = Command::new("pg_config").arg("--bindir").output() {
         folders.push(PathBuf::from(String::from_utf8_lossy(&out.stdout).trim()));
     }
-    // Debian's and Ubuntu's, the newest first; then Homebrew's on Apple silicon and on Intel.
+    // The folders of Debian and Ubuntu, the newest first; then those of Homebrew on Apple silicon and on Intel.
     folders.extend(versions("/usr/lib/postgresql", ""));
     folders.extend(versions("/opt/homebrew/opt", "postgresql@"));
     folders.extend(versions("/usr/local/opt", "postgresql@"));

@@ -1,4 +1,4 @@
-//! A relay that adds a delay, as a distant server has it, and counts round trips.
+//! A relay that delays messages, as a long network path does, and counts round trips.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
@@ -16,14 +16,14 @@ pub struct Relay {
 /// The round trips of one connection.
 #[derive(Default)]
 struct Trips {
-    /// How often the client has sent something and has received an answer.
+    /// How often the server has answered after the client has sent something.
     answered: usize,
-    /// The client has sent something, and there is no answer yet.
+    /// Whether the client has sent something, and has no answer yet.
     waits: bool,
 }
 
 impl Relay {
-    /// Relays to a port on 127.0.0.1. `round_trip` must not be zero: without a delay, the relay cannot tell
+    /// Starts a relay to a port on 127.0.0.1. `round_trip` must not be zero: without a delay, the relay cannot tell
     /// which messages belong together.
     pub fn new(to: u16, round_trip: Duration) -> std::io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
@@ -40,12 +40,12 @@ impl Relay {
         Ok(Self { port, connections })
     }
 
-    /// The port on which it listens, on 127.0.0.1.
+    /// The port of the relay, on 127.0.0.1.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// The round trips of each connection so far, including the one of TCP.
+    /// The round trips of each connection so far, including the round trip that opens TCP.
     pub fn round_trips(&self) -> Vec<usize> {
         let connections = self.connections.lock().unwrap();
         let answered = |trips: &Arc<Mutex<Trips>>| trips.lock().unwrap().answered;
@@ -72,14 +72,14 @@ fn connect(
         trips.answered += usize::from(std::mem::take(&mut trips.waits));
     };
     spawn(move || carry(from_server, to_client, round_trip / 2, || {}, answered));
-    // The round trip of TCP, which took no time on this machine.
+    // Opening TCP takes a round trip, which took no time on this machine.
     sleep(round_trip);
     let asks = move || trips.lock().unwrap().waits = true;
     carry(client, server, round_trip / 2, asks, || {});
     Ok(())
 }
 
-/// Carries bytes in one direction, each with the delay. Bytes that are due at the same time are sent together, as
+/// Carries bytes in one direction, and delays each by `time`. Bytes that are due at the same time are sent together, as
 /// in a packet of a network.
 fn carry(
     mut from: TcpStream,

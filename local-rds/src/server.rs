@@ -31,7 +31,7 @@ pub struct LocalRds {
 
 /// Start and stop.
 impl LocalRds {
-    /// The options of an instance: without a change, those that the RDS console proposes.
+    /// The options of an instance. The defaults are the options that the RDS console proposes.
     pub fn builder() -> Builder {
         Builder::new()
     }
@@ -67,7 +67,7 @@ impl LocalRds {
 
     /// How often the server has become ready so far.
     fn starts(&self) -> Result<usize> {
-        // "… to accept connections", or "… to accept read-only connections" of a standby.
+        // A primary logs "… to accept connections", a standby "… to accept read-only connections".
         let ready = "database system is ready to accept";
         Ok(self.log()?.matches(ready).count())
     }
@@ -116,7 +116,7 @@ impl LocalRds {
         Ok(String::from_utf8(output.stdout)?)
     }
 
-    /// A hot standby that streams from this instance, with the same certificate; waits until it does.
+    /// Starts a hot standby with the same certificate, and waits until it streams from this instance.
     pub fn standby(&self) -> Result<Self> {
         let (begin, end) = match self.version()? {
             ..15 => (
@@ -161,7 +161,7 @@ impl Drop for LocalRds {
     }
 }
 
-/// Facts about it.
+/// Facts about the instance, and how to connect to it.
 impl LocalRds {
     /// The TCP port, on 127.0.0.1.
     pub fn port(&self) -> u16 {
@@ -193,7 +193,7 @@ impl LocalRds {
         &self.password
     }
 
-    /// The environment in which the program connects to it.
+    /// The variables with which the program connects to the server.
     pub fn env(&self) -> Vec<(&'static str, String)> {
         vec![
             ("PG.HOST", ENDPOINT.to_owned()),
@@ -206,7 +206,7 @@ impl LocalRds {
         ]
     }
 
-    /// The environment in which psql, and other programs with libpq, connect to it.
+    /// The variables with which psql, and other programs with libpq, connect to the server.
     pub fn libpq_env(&self) -> Vec<(&'static str, String)> {
         vec![
             ("PGHOST", ENDPOINT.to_owned()),
@@ -234,7 +234,7 @@ impl LocalRds {
     }
 }
 
-/// Starts the script that runs the server of this folder on this port.
+/// Starts the script that runs the server of `home` on `port`.
 fn keeper(home: &Home, port: u16) -> Result<Child> {
     let mut keeper = Command::new("/bin/sh");
     keeper.arg("-c").arg(KEEPER).arg("local-rds");
@@ -243,7 +243,7 @@ fn keeper(home: &Home, port: u16) -> Result<Child> {
         .arg(&home.folder)
         .arg(port.to_string())
         .arg(ADMIN);
-    // Our environment may have variables for a client, which the server would read.
+    // The server would read variables that are in this process for a client, such as PGDATESTYLE.
     keeper
         .env_clear()
         .env("PATH", "/usr/bin:/bin")
@@ -260,8 +260,8 @@ fn keeper(home: &Home, port: u16) -> Result<Child> {
     keeper.spawn().context("starting /bin/sh")
 }
 
-/// A port that no other stand-in has, below those that systems give to clients: a client could take one of those
-/// before the server does.
+/// A port that no other stand-in has. It is below the ports that systems give to clients, because a client could take
+/// such a port before the server does.
 fn free_port() -> u16 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {

@@ -13,9 +13,9 @@ use rustix::process::{
 };
 use tempfile::TempDir;
 
-/// The command, with a folder of its own to make its folder in.
+/// The command with these arguments, and the temporary folder in which it makes its own.
 fn local_rds(args: &[&str]) -> (Command, TempDir) {
-    // In memory if that can be had; in any case where the user who runs the server may go too.
+    // In memory where that is possible. The user who runs the server must be able to enter the folder.
     let tmp = ["/dev/shm", "/tmp"]
         .into_iter()
         .find_map(|parent| TempDir::with_prefix_in("stand-in-", parent).ok())
@@ -40,7 +40,7 @@ fn run(args: &[&str]) -> Output {
     output
 }
 
-/// No folder is left, and so no server, which ends before its folder is deleted.
+/// Waits until the folder of the server is deleted. The server has ended before.
 #[track_caller]
 fn is_gone(tmp: &Path) {
     eventually(&format!("{} is empty", tmp.display()), || is_empty(tmp));
@@ -50,7 +50,7 @@ fn is_empty(folder: &Path) -> bool {
     fs::read_dir(folder).unwrap().next().is_none()
 }
 
-/// Waits until it is so, and no longer than half a minute.
+/// Waits until the condition is true, and no longer than half a minute.
 #[track_caller]
 fn eventually(what: &str, is_so: impl Fn() -> bool) {
     assert!(in_time(is_so), "still not: {what}");
@@ -67,7 +67,7 @@ fn in_time(is_so: impl Fn() -> bool) -> bool {
     true
 }
 
-/// The command while it runs, in a process group of its own, as the terminal makes one. A test that panics ends it.
+/// A command that runs in a process group of its own, as a terminal runs it. A test that panics ends the command.
 struct Running(Child, TempDir);
 
 impl Running {
@@ -82,7 +82,7 @@ impl Running {
         kill_process(Pid::from_child(&self.0), signal).unwrap();
     }
 
-    /// Sends a signal to the command and all that it has started, as a terminal does with Ctrl-C.
+    /// Sends a signal to the command and to all processes that it has started, as a terminal does with Ctrl-C.
     fn kill_group(&self, signal: Signal) {
         kill_process_group(Pid::from_child(&self.0), signal).unwrap();
     }
@@ -93,13 +93,14 @@ impl Drop for Running {
         if let Ok(None) = self.0.try_wait() {
             self.kill_group(Signal::KILL);
             let _ = self.0.wait();
-            // The folder around the server's can be deleted when the server no longer writes to its own.
+            // The temporary folder can be deleted when the server no longer writes to its folder in it.
             in_time(|| is_empty(self.1.path()));
         }
     }
 }
 
-/// Starts it, waits for the folder of the server, or for `line` of its output, and ends it.
+/// Starts the command, waits for the folder of the server or for `line` in the command's output, and ends the command
+/// with `how`. Returns the exit code.
 fn end(args: &[&str], line: Option<&str>, how: impl FnOnce(&Running)) -> Option<i32> {
     let (mut command, tmp) = local_rds(args);
     let command = command.process_group(0).stdout(Stdio::piped());
@@ -135,7 +136,7 @@ fn dash() -> &'static str {
     }
 }
 
-/// The lines of an environment that may be about the database, to be shown.
+/// The lines of an environment that are about the database, for messages.
 fn ours(env: &str) -> Vec<&str> {
     let database = |line: &&str| {
         ["PG", "DB_"]
@@ -278,7 +279,7 @@ fn is_gone_after_a_kill_signal_and_ctrl_c_whenever_they_come() {
     });
 }
 
-/// The process and the process group of a server, by the first line of its `postmaster.pid`.
+/// The process and the process group of a server. The first line of its `postmaster.pid` is the process.
 fn server(socket: &Path) -> [Pid; 2] {
     let file = fs::read_to_string(socket.join("postmaster.pid")).unwrap();
     let server = Pid::from_raw(file.lines().next().unwrap().parse().unwrap()).unwrap();

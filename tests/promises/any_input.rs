@@ -1,4 +1,4 @@
-//! What holds for any input, tried with many.
+//! What holds for any input, tested with many random inputs.
 //!
 //! - Any set of `PG.*` either means exactly its values or is refused by the name of a variable.
 //! - Any user, password, database, options and application name reach the server as they are.
@@ -43,7 +43,7 @@ fn text() -> impl Strategy<Value = String> {
         })
 }
 
-/// A word that is good for the keyword, or something else that is not, and may be the password.
+/// A word that the keyword accepts, or a text that it refuses, which may be a misplaced password.
 fn word(good: &'static [&'static str]) -> BoxedStrategy<String> {
     prop_oneof![9 => select(good).prop_map(str::to_owned), 1 => text().prop_map(|t| format!("{SECRET}{t}"))].boxed()
 }
@@ -131,7 +131,7 @@ fn meaning(keywords: &BTreeMap<&str, String>) -> Option<Config> {
                 }
                 config
             }
-            // Without a CA there is no TLS, and all that says so means the same.
+            // Without `DB_CA_CERT` there is no TLS, and both words mean that.
             ("sslmode", "disable" | "prefer") => config,
             ("sslnegotiation", "postgres") => config.ssl_negotiation(SslNegotiation::Postgres),
             ("load_balance_hosts", "disable") => {
@@ -181,7 +181,7 @@ proptest! {
             let settings = format!("Settings {{ pg: {:?}, db_ca_cert: None }}", meaning(&keywords).unwrap());
             prop_assert!(run.output.contains(&settings), "not {}, but {}", settings, run.output);
         } else {
-            // By the parser's keyword or by the variable's name, whichever of them comes first.
+            // The error has the keyword if it is the parser's, else the name of the variable.
             let named = |keyword: &str| {
                 run.error().contains(&format!("`{keyword}`")) || run.error().contains(&name(keyword))
                     || keyword == "sslmode" && run.error().contains("PG.SSLMODE")
@@ -191,10 +191,10 @@ proptest! {
     }
 }
 
-/// Of a client: what it says at start-up, and its password.
+/// What a client has sent: its StartupMessage, and its password.
 type Said = [Vec<u8>; 2];
 
-/// A server that asks every client for its password, and passes on what it hears.
+/// A server that asks every client for the password, and a channel with what the clients have sent.
 static LISTENER: LazyLock<(Fake, Mutex<Receiver<Said>>)> = LazyLock::new(|| {
     let (send, receive) = channel();
     let fake = Fake::new(move |mut wire| {
@@ -239,7 +239,7 @@ proptest! {
     }
 }
 
-/// Two roots with more around them: enough that any line may be hit.
+/// Two roots with a private key and comments around them. The file is so short that each change may hit any part.
 static BUNDLE: LazyLock<String> = LazyLock::new(|| {
     let rds = fs::read_to_string("ca-certificates/global-bundle.pem").unwrap();
     let rsa = rds
@@ -310,7 +310,7 @@ fn edit_lines(file: &mut Vec<u8>, edit: impl FnOnce(&mut Vec<&[u8]>)) {
     *file = all.concat();
 }
 
-/// How many blocks of base64 begin as a certificate does, read more generously than PEM is defined.
+/// How many blocks of base64 begin as a certificate does. The blocks are read less strictly than PEM is defined.
 fn sequences(file: &[u8]) -> usize {
     let text = String::from_utf8_lossy(file);
     let blocks = text.split("-----BEGIN").skip(1).map(|block| {
@@ -327,8 +327,7 @@ fn sequences(file: &[u8]) -> usize {
         .count()
 }
 
-/// How many roots the program has taken from the file, and how a run with it ended at a server whose
-/// root is not in the file.
+/// How many roots the program has read from a file with this content, and how its run with [`RDS`] ended.
 fn roots_of(content: &[u8]) -> (usize, Run) {
     let path = file(content);
     let run = demo(&with(&RDS, &[("DB_CA_CERT", path.to_str().unwrap())]));
@@ -344,7 +343,7 @@ fn the_file_as_it_is_yields_its_two_roots() {
     let (count, run) = roots_of(BUNDLE.as_bytes());
     run.failed(&["invalid peer certificate: UnknownIssuer"]);
     assert_eq!(count, 2);
-    // The server would be trusted, if its root were in it.
+    // With the root of the server in the file, the program connects.
     let root = fs::read_to_string(RDS.roots()).unwrap();
     let (count, run) = roots_of(format!("{}{root}", *BUNDLE).as_bytes());
     run.succeeded();

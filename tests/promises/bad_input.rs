@@ -1,12 +1,12 @@
 //! An error about wrong input names the variable or the host, and shows no secret.
 //!
-//! | input            | wrong                                      | and right, though it may look odd     |
-//! |------------------|--------------------------------------------|---------------------------------------|
-//! | `DB_CA_CERT`     | 13 files that are no bundle of roots       | 6 that are one, with more around it   |
-//! | `PG.*`           | each keyword not of its kind               | what tokio-postgres takes             |
-//! | any              | empty, not UTF-8                           |                                       |
-//! | host             | a socket's folder or no name, where TLS is | a socket's folder, where it is not    |
-//! | any but password | what seems to hold a secret by mistake     |                                       |
+//! | input                 | refused                                        | accepted, though it may look wrong     |
+//! |-----------------------|------------------------------------------------|----------------------------------------|
+//! | `DB_CA_CERT`          | 13 files without good roots                    | 6 files with roots and other text      |
+//! | `PG.*`                | values out of range or of another kind         | all values that tokio-postgres accepts |
+//! | any variable          | a value that is empty or not UTF-8             |                                        |
+//! | `PG.HOST`             | with TLS: the folder of a socket, or no name   | without TLS: the folder of a socket    |
+//! | all but `PG.PASSWORD` | a value that seems to hold a secret by mistake |                                        |
 
 use std::ffi::OsStr;
 use std::fs;
@@ -18,7 +18,7 @@ use crate::support::{PLAIN, PROGRAM, RDS, Run, UNSET, at, demo, file, with};
 use local_rds::{Authority, ENDPOINT, KeyType, ServerCertificate};
 use tempfile::TempDir;
 
-/// Runs the program with this as the file of `DB_CA_CERT`.
+/// Runs the program with a file of this content in `DB_CA_CERT`.
 fn with_file(content: impl AsRef<[u8]>) -> Run {
     let file = file(content);
     let path = file.to_str().unwrap();
@@ -62,7 +62,7 @@ fn a_file_that_is_no_bundle_of_roots_is_refused() {
             root.replacen(lines[3], "not base64!", 1).as_bytes(),
             damaged,
         ),
-        // Good base64 of something else.
+        // Base64 that is valid, but not of a certificate.
         (
             root.replacen(lines[1], lines[2], 1).as_bytes(),
             "BadEncoding",
@@ -75,7 +75,7 @@ fn a_file_that_is_no_bundle_of_roots_is_refused() {
             b"-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n",
             "BadEncoding",
         ),
-        // A good one before does not make up for it.
+        // A damaged certificate after a good one.
         (
             format!("{root}{}", root.replacen(lines[1], lines[2], 1)).as_bytes(),
             "BadEncoding",
@@ -117,10 +117,10 @@ fn a_file_that_cannot_be_read_is_named() {
 
 #[test]
 fn a_file_that_may_not_be_read_is_named() {
-    // In a folder where another user can go too, as root may read everything.
+    // Root may read every file, so another user runs the program, in a folder that this user can enter.
     let folder = TempDir::with_prefix_in("demo-", "/tmp").unwrap();
     let (program, file) = (folder.path().join("demo"), folder.path().join("bundle.pem"));
-    // Not by `fs::copy`: a process that another test starts meanwhile would hold it open for writing.
+    // Not by `fs::copy`: a process that another test starts meanwhile would inherit the file, open for writing.
     let cp = std::process::Command::new("cp")
         .arg(PROGRAM)
         .arg(&program)
@@ -167,7 +167,7 @@ fn roots_with_more_around_them_are_accepted() {
 
 #[test]
 fn the_systems_own_bundle_is_accepted_as_it_is() {
-    // The one for RDS Proxy; where there is none, as on macOS, there is nothing to test.
+    // Readers may take this bundle for RDS Proxy. Systems such as macOS do not have it.
     let path = "/etc/ssl/certs/ca-certificates.crt";
     if fs::exists(path).unwrap() {
         demo(&with(&RDS, &[("DB_CA_CERT", path)]))
@@ -262,7 +262,7 @@ fn a_value_that_is_not_utf_8_is_refused_and_not_shown() {
         run.failed(&[&format!("{name} is empty or not UTF-8")]);
         assert!(!run.output.contains("s3cret"), "{}", run.output);
     }
-    // Nor is a name, which is ours by its beginning.
+    // A name that is not UTF-8 is refused, too, if it begins as ours do.
     let mut vars = with(&RDS, &[]);
     vars.push((OsStr::from_bytes(b"PG.HOST\xff").into(), "x".into()));
     demo(&vars).failed(&["PG.HOST\u{fffd} must be PG.<KEYWORD>"]);

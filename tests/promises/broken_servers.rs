@@ -1,15 +1,15 @@
-//! A server that breaks down, at whatever point, ends in an error, and within the time allowed.
+//! When a server breaks down, at any point, the program ends with an error and within its limits.
 //!
-//! | breaks down                           | by                                              |
-//! |---------------------------------------|-------------------------------------------------|
-//! | before TCP is connected               | never answering, or refusing                    |
-//! | after accept, SSLRequest, ClientHello | silence; closing; half a message; garbage       |
-//! | at start-up, the password, the query  | the same, with TLS and without                  |
-//! | with an answer                        | of no rows, of many, of another type            |
-//! | as a real one does                    | shutting down, being full, losing its processes |
+//! | when                                  | what the server does                                    |
+//! |---------------------------------------|---------------------------------------------------------|
+//! | before TCP is connected               | does not answer; refuses                                |
+//! | after accept, SSLRequest, ClientHello | falls silent; closes; sends half a message or garbage   |
+//! | after start-up, the password, a query | the same, with TLS and without                          |
+//! | in its answer                         | sends no row, several rows, another type                |
+//! | as a real server does                 | shuts down; has no free connection; loses its processes |
 //!
-//! Limits are recognized by the words of the error and not by a clock, so they hold on a busy machine.
-//! With several hosts, one that fails is left for the next; one that falls silent is the end.
+//! The tests recognize a limit by the words of the error and not by a clock, so they pass on a busy machine.
+//! With several hosts, the program goes on to the next host after a failure; a host that falls silent ends the run.
 
 use std::io::Error;
 use std::thread::scope;
@@ -69,7 +69,7 @@ async fn break_down(
     wire.shutdown().await
 }
 
-/// A server up to `point`, in TLS or without.
+/// Acts as a server up to `point`, with TLS or without, and then breaks down.
 pub async fn server(
     wire: Wire,
     acceptor: Option<tokio_rustls::TlsAcceptor>,
@@ -112,7 +112,7 @@ async fn in_session<W: AsyncRead + AsyncWrite + Unpin>(
     break_down(wire, fault, b"1\0\0\0\x042\0\0\0\x04T\0\0\0\xff\0\x01").await
 }
 
-/// Lets the client in, waits for its query, and says this.
+/// Ends the log-in, waits for the query, and sends this answer.
 async fn answer<W: AsyncRead + AsyncWrite + Unpin>(
     wire: &mut W,
     answer: &[u8],
@@ -124,7 +124,7 @@ async fn answer<W: AsyncRead + AsyncWrite + Unpin>(
     wire.flush().await
 }
 
-/// What the error is to say of it.
+/// The words of the error that the program must end with.
 fn cause(with_tls: bool, point: Point, fault: Fault) -> &'static str {
     match (with_tls, point, fault) {
         (_, _, Silence) => "no answer within",
@@ -154,7 +154,7 @@ fn every_fault_at_every_point_is_an_error_within_the_time_allowed() {
             cause(with_tls, point, fault),
         ]);
         if fault == Silence {
-            // As long for the one host, and once more for the rest.
+            // Connecting to one host may take twice `PG.CONNECT_TIMEOUT`, which is 5 s by default.
             let limit = if limit == "2" { "4" } else { "10" };
             run.failed(&[&format!("no answer within {limit}s")]);
         }
@@ -168,7 +168,7 @@ fn every_fault_at_every_point_is_an_error_within_the_time_allowed() {
     let page = readme();
     let limit = between(&page, "env PG.CONNECT_TIMEOUT=", " ");
     scope(|scope| {
-        // A database that wakes up is no fault, if there is time: as much as the page says.
+        // A database that wakes up is no error if the limit is as long as the README says.
         scope.spawn(|| at(asleep, &RDS, &[("PG.CONNECT_TIMEOUT", limit)]).succeeded());
         scope.spawn(|| at(asleep, &RDS, &[]).failed(&[ENDPOINT, "no answer within 10s"]));
         for (with_tls, points) in [
@@ -179,7 +179,7 @@ fn every_fault_at_every_point_is_an_error_within_the_time_allowed() {
                 for fault in FAULTS {
                     scope.spawn(move || case(with_tls, *point, fault, "2"));
                 }
-                // Without a limit of one's own there is one all the same.
+                // Without a limit in the settings, the default applies.
                 for none in [UNSET, "0", "-1"] {
                     scope.spawn(move || case(with_tls, *point, Silence, none));
                 }
@@ -188,7 +188,7 @@ fn every_fault_at_every_point_is_an_error_within_the_time_allowed() {
     });
 }
 
-/// Without TLS, to a fake server.
+/// Runs the program without TLS at a fake server.
 fn plainly(fake: &Fake) -> Run {
     let change = [("DB_CA_CERT", UNSET), ("PG.CONNECT_TIMEOUT", "1")];
     at(fake.port, &RDS, &change)
@@ -222,7 +222,7 @@ fn a_server_that_asks_for_billions_of_rounds_of_scram_does_not_get_them() {
         wire.write_all(&sasl(11, challenge.as_bytes())).await?;
         silence(wire).await
     });
-    // No timer could end that: it would be all computation.
+    // The limits could not end that, because the computation never waits.
     plainly(&fake).failed(&[
         ENDPOINT,
         "SCRAM iteration count exceeds the maximum allowed",
@@ -231,7 +231,7 @@ fn a_server_that_asks_for_billions_of_rounds_of_scram_does_not_get_them() {
 
 #[test]
 fn an_answer_that_is_none_is_an_error() {
-    // The description of one column of type name, a row of it, and the end of the answer.
+    // A RowDescription with one column of the type `name`, DataRows, and the end of the answer.
     const COLUMN: &[u8] = b"1\0\0\0\x042\0\0\0\x04T\0\0\0\x1a\0\x01c\0\0\0\0\0\0\0\0\0\0\x13\0\x40\xff\xff\xff\xff\0\0";
     const ROW: &[u8] = b"D\0\0\0\x12\0\x01\0\0\0\x08postgres";
     const NULL: &[u8] = b"D\0\0\0\x0a\0\x01\xff\xff\xff\xff";
@@ -342,7 +342,7 @@ fn a_server_that_recovers_from_a_crash_says_so() {
     let waits = waits_for_more_to_recover(&rds);
     let mut admin = admin(&rds);
     admin.query("SELECT pg_reload_conf()", &[]).unwrap();
-    // After this crash it starts anew, and waits for what the command is to restore.
+    // After this crash the server starts again, and waits for the command that restores more.
     let pid: i32 = admin
         .query_one("SELECT pg_backend_pid()", &[])
         .unwrap()
@@ -355,7 +355,7 @@ fn a_server_that_recovers_from_a_crash_says_so() {
     });
     demo(&with(&rds, &[])).failed(&[ENDPOINT, "FATAL: the database system is in recovery mode"]);
     std::fs::remove_file(waits).unwrap();
-    // It stops sooner then.
+    // A server that is ready stops sooner.
     eventually("it is ready", || {
         rds.log()
             .unwrap()

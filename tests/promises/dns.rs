@@ -11,7 +11,7 @@ use crate::support::{PROGRAM, file};
 const SILENT: &str = "
 ip link set lo up && ip route add 192.0.2.0/24 dev lo && mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"";
 
-/// How long this takes to fail, and its error. None where the system does not let it make a network.
+/// How long a command takes to fail, and its error. None if the system does not allow a network of our own.
 fn timed(command: &[&str]) -> Option<(Duration, String)> {
     // A look-up gives up after 4 s, twice the limit.
     let resolvers =
@@ -67,7 +67,7 @@ fn dns_that_never_answers_ends_at_the_limit_and_the_process_is_gone_then() {
         return;
     };
     for time in times.map(Option::unwrap) {
-        // Not as long as the look-up, nor nearly.
+        // The run must end well before the look-up does.
         assert!(
             time.mul_f64(1.25) < resolver,
             "{time:?}, and the resolver gives up after {resolver:?}"

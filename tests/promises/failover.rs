@@ -1,5 +1,4 @@
-//! Two servers, a primary and its standby: the variables that find the one that writes find it
-//! again after a failover, without a change.
+//! Two servers, a primary and its standby: the same variables lead to the primary before a failover and after.
 
 use crate::support::{Var, admin, builder, changed, demo, eventually, file, with};
 use local_rds::{ENDPOINT, LocalRds};
@@ -23,7 +22,7 @@ pub fn hosts(of: &[&LocalRds], change: &[(&str, &str)]) -> Vec<Var> {
     with(of[0], &[&lists, change].concat())
 }
 
-/// How often the server has let the master user in.
+/// How often the master user has logged in to the server.
 fn sessions(rds: &LocalRds) -> usize {
     rds.log()
         .unwrap()
@@ -31,7 +30,7 @@ fn sessions(rds: &LocalRds) -> usize {
         .count()
 }
 
-/// Runs the program, which is to end up at `there` and nowhere else.
+/// Runs the program, and asserts that it has logged in to `there`.
 #[track_caller]
 fn ends_up(there: &LocalRds, vars: &[Var]) {
     let before = sessions(there);
@@ -55,7 +54,7 @@ fn the_same_variables_find_the_primary_before_a_failover_and_after() {
     demo(&hosts(&[&standby], &[read_write])).failed(&[ENDPOINT, "database does not allow writes"]);
     demo(&hosts(&[&primary], &[read_only])).failed(&[ENDPOINT, "database is not read only"]);
 
-    // In a fair draw of forty, one of the two is missed once in 2^39 times.
+    // If each run draws a host at random, forty runs miss one of the two once in 2^39 times.
     let before = [&primary, &standby].map(sessions);
     for _ in 0..40 {
         demo(&hosts(
@@ -70,7 +69,7 @@ fn the_same_variables_find_the_primary_before_a_failover_and_after() {
 
     let variables = both.map(|of| hosts(&of, &[read_write]));
     admin(&standby).query("SELECT pg_promote()", &[]).unwrap();
-    // The root certificate is the authority's, and outlives the server.
+    // The file of the root certificate is deleted with the primary, so the standby needs a copy.
     let roots = file(std::fs::read(primary.roots()).unwrap());
     drop(primary);
     for vars in variables {

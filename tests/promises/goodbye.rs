@@ -1,4 +1,4 @@
-//! The server sees every session end as it should.
+//! The program closes every session as the protocol wants it: the server logs no unexpected end.
 
 use crate::support::{UNSET, admin_config, builder, demo, eventually, with};
 
@@ -7,21 +7,21 @@ fn says_goodbye() {
     let rds = builder()
         .force_ssl(false)
         .setting("log_disconnections", "on")
-        // Only at this level does PostgreSQL log a client that goes without a word.
+        // Only at this level does PostgreSQL log a client that leaves without Terminate.
         .setting("log_min_messages", "debug1")
         .start()
         .unwrap();
     demo(&with(&rds, &[])).succeeded();
     demo(&with(&rds, &[("DB_CA_CERT", UNSET)])).succeeded();
     let over = |log: String| log.matches("disconnection: ").count();
-    // Two of ours and one of the set-up; the server logs them after it has hung up.
+    // Two sessions are the program's, and one has set up the server. The server logs an end after the client has left.
     eventually("three sessions are over", || over(rds.log().unwrap()) == 3);
     let log = rds.log().unwrap();
     for sign in ["unexpected EOF", "could not receive data", "SSL error"] {
         assert!(!log.contains(sign), "{log}");
     }
 
-    // A program that returns from `main` without waiting for the connection would show.
+    // The log does show a client that ends without waiting for its connection.
     let config = admin_config(&rds);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

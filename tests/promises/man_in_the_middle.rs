@@ -20,7 +20,7 @@ use time::{Duration, OffsetDateTime};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::TcpStream;
 
-/// Answers SSLRequest like this, and then asks for the password.
+/// A server that sends this answer to SSLRequest, and then asks for the password.
 fn trap(answer: &'static [u8]) -> Fake {
     Fake::new(move |mut wire: Wire| async move {
         if startup(&mut wire).await? == SSL_REQUEST[4..] {
@@ -90,7 +90,7 @@ fn plaintext_after_yes_to_tls_is_not_taken_for_an_answer() {
     }
 }
 
-/// Nothing but TLS handshakes and alerts, in which only the host name can be read.
+/// Asserts that these bytes are only TLS handshakes and alerts, in which only the host name can be read.
 fn only_tls(mut heard: &[u8]) {
     while let [kind, 3, _, high, low, rest @ ..] = heard {
         assert!([0x15, 0x16].contains(kind), "{heard:?}");
@@ -175,7 +175,7 @@ fn a_wrong_certificate_is_refused_for_what_is_wrong_with_it() {
                 true,
                 "certificate does not allow extended key usage for server authentication",
             ),
-            // The name in the subject alone, where it counted long ago.
+            // The name is only in the subject, which clients no longer read.
             (
                 own,
                 ENDPOINT,
@@ -202,14 +202,14 @@ fn tls_1_1_is_refused() {
         .start()
         .unwrap();
     demo(&with(&rds, &[])).failed(&[ENDPOINT, "received fatal alert: ProtocolVersion"]);
-    // The server writes it when the client has gone.
+    // The server writes its log after the client has left.
     eventually("the log says why", || {
         rds.log().unwrap().contains("unsupported protocol")
     });
 }
 
-/// A relay to the real server with another certificate from the same authority, as a thief of an
-/// authority's key has it. `change` is done to the first message that the server sends.
+/// A relay to the real server with another certificate of the same authority, as someone who has stolen the authority's
+/// key could make it. `change` changes the first message that the server sends.
 fn relay(rds: &LocalRds, authority: &Authority, change: fn(&mut Vec<u8>)) -> Fake {
     let acceptor = acceptor(&authority.issue(ENDPOINT, |_| {}).unwrap());
     let connector = anyone();
@@ -240,7 +240,7 @@ fn relay(rds: &LocalRds, authority: &Authority, change: fn(&mut Vec<u8>)) -> Fak
     })
 }
 
-/// A TLS client that accepts every certificate, as the relay's does.
+/// A TLS client that accepts every certificate, for the relay.
 fn anyone() -> tokio_rustls::TlsConnector {
     use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
     use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
@@ -307,7 +307,7 @@ fn channel_binding_gives_a_relay_away_that_has_a_certificate_of_the_same_authori
     for binding in [UNSET, "prefer", "require"] {
         run(&honest, binding).failed(&[ENDPOINT, "SCRAM channel binding check failed"]);
     }
-    // That it works without shows that the binding is what stops it.
+    // Without channel binding the relay works, so it is channel binding that stops it.
     run(&honest, "disable").succeeded();
 
     let strips_plus = relay(&rds, &authority, |body| {
@@ -318,7 +318,7 @@ fn channel_binding_gives_a_relay_away_that_has_a_certificate_of_the_same_authori
     run(&strips_plus, "require").failed(&[ENDPOINT, "server did not use channel binding"]);
     run(&strips_plus, "disable").succeeded();
 
-    // With the password itself there is no binding, and only `require` rules that out.
+    // A server that asks for the password itself gets no channel binding. Only `require` refuses that.
     let asks_for_it = relay(&rds, &authority, |body| {
         *body = 3_u32.to_be_bytes().to_vec()
     });

@@ -10,7 +10,7 @@ use crate::support::{PLAIN, RDS, Run, at_port, changed, demo, file, run_of};
 use local_rds::{Authority, ENDPOINT, KeyType, Relay};
 use tempfile::TempPath;
 
-/// The texts to replace, and by which, in the order of the list: one in the manifest, two in the program.
+/// The replacements in the order of the README's list, as old and new text: one in the manifest, two in the program.
 fn changes() -> Vec<[String; 2]> {
     let section = section("Post-quantum key exchange");
     let items = section.lines().filter(|line| line.starts_with("- "));
@@ -22,8 +22,8 @@ fn changes() -> Vec<[String; 2]> {
     pairs.collect()
 }
 
-/// TLS with X25519MLKEM768 alone in front of another server: `<port> <certificates> <key>`. It prints its own port.
-/// A project of its own, as graviola takes long to build, too.
+/// A server that accepts only X25519MLKEM768, and relays to another server. Its arguments are `<port> <certificates>
+/// <key>`. It prints its own port. It is a project of its own, because graviola takes long to build.
 const SERVER: &str = r#"
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use rustls::{NamedGroup::X25519MLKEM768, ServerConfig};
@@ -76,7 +76,7 @@ tokio = { version = "1", features = ["io-util", "macros", "net", "rt", "time"] }
 tokio-rustls = { version = "0.26", default-features = false }
 "#;
 
-/// That server in front of [`PLAIN`], as RDS 18 is if its `ssl_groups` says so, until this is dropped.
+/// That server in front of [`PLAIN`], as RDS 18 is with only this group in `ssl_groups`. Dropping this ends the server.
 struct HybridAlone {
     process: Child,
     port: u16,
@@ -137,7 +137,7 @@ fn with_the_changes_of_the_readme_it_connects_where_a_hybrid_group_is_required()
     let trips = round_trips(server.port, &|port| run_of(&copy, &vars(port)));
     assert_eq!(trips, [STOCK_ROUND_TRIPS]);
 
-    // Up to 17, PostgreSQL takes P-256 alone, for which the client is asked again.
+    // PostgreSQL up to 17 accepts only P-256, so it asks the client for another key share.
     let again = usize::from(RDS.version().unwrap() < 18);
     let trips = round_trips(RDS.port(), &|port| run_of(&copy, &at_port(port, &RDS)));
     assert_eq!(trips, [STOCK_ROUND_TRIPS + again]);

@@ -1,4 +1,4 @@
-//! `ca-certificates/` holds what Amazon publishes, and all of it can be used.
+//! `ca-certificates/` holds the files that Amazon publishes, and rustls accepts every certificate in them.
 
 use std::collections::BTreeMap;
 use std::time::SystemTime;
@@ -17,7 +17,7 @@ fn sha256(bytes: &[u8]) -> String {
     hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The certificates of a file. Each is valid today, and can be a trust anchor.
+/// The certificates of a file. Asserts that each is valid today, and that rustls accepts it as a root.
 fn roots(pem: &[u8]) -> Vec<(CertificateDer<'static>, Certificate)> {
     let mut store = RootCertStore::empty();
     let roots = CertificateDer::pem_slice_iter(pem).map(|der| {

@@ -1,15 +1,15 @@
-//! Counts: how often the program waits for the server, and how many roots it reads. The relay delays each
-//! message by far more than a busy machine does, so no test here needs the machine to itself.
+//! Counts how often the program waits for the server, and how many roots it reads. The relay delays each message by far
+//! more than a busy machine does, so these tests may run beside others.
 
 use std::time::Duration;
 
 use crate::support::{PLAIN, RDS, TLS_1_2, UNSET, at, builder, demo, with};
 use local_rds::{LocalRds, Relay};
 
-/// TCP, SSLRequest, TLS, start-up, SCRAM's two, and the query.
+/// TCP, SSLRequest, TLS, start-up, two for SCRAM, and the query.
 pub const STOCK_ROUND_TRIPS: usize = 7;
 
-/// The round trips of a run.
+/// The round trips of a run with the variables of `rds` and with `change` on top.
 #[track_caller]
 fn round_trips(rds: &LocalRds, change: &[(&str, &str)]) -> usize {
     let relay = Relay::new(rds.port(), Duration::from_millis(50)).unwrap();

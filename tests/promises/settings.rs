@@ -1,4 +1,4 @@
-//! What the environment may say, and what the program makes of it.
+//! Which variables the program reads, and what they mean.
 
 use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use tokio_postgres::config::{
     ChannelBinding, LoadBalanceHosts, SslMode, SslNegotiation, TargetSessionAttrs,
 };
 
-/// Without one of these variables, no TLS and no server is needed to see how settings are read.
+/// Variables for a run that needs neither TLS nor a server: it reads the settings, and nobody listens on the port.
 const NOWHERE: [(&str, &str); 3] = [
     ("PG.HOST", "127.0.0.1"),
     ("PG.PORT", "1"),
@@ -93,7 +93,7 @@ fn lists_are_as_tokio_postgres_has_them() {
         logged(&run),
         format!("{{ pg: {expected:?}, db_ca_cert: None }}")
     );
-    // All hosts are in the error, as tokio-postgres does not say which of them it is about.
+    // The error has all hosts, because tokio-postgres does not say which of them has failed.
     run.failed(&["connecting to", "\"a\"", "\"b\"", "\"/c\""]);
     demo(&vars([("PG.HOST", "a,b"), ("PG.PORT", "1,2,3")])).failed(&["invalid number of ports"]);
 }
@@ -162,7 +162,7 @@ fn a_value_that_seems_to_hold_a_secret_is_refused_and_not_shown() {
     for pem in [key.to_owned(), key.replace('\n', " "), format!("# {key}")] {
         refused("DB_CA_CERT", &pem, "be a path, not PEM text");
     }
-    // All of these may be a password.
+    // A password may be any of these.
     for value in ["://@ =", "password=", key] {
         nowhere(&[("PG.PASSWORD", value)]).failed(&["Connection refused"]);
     }

@@ -1,4 +1,4 @@
-//! With `DB_CA_CERT` there is verified TLS or an error; without it, plaintext and a warning.
+//! With `DB_CA_CERT`, a run has verified TLS or ends with an error. Without it, a run has plaintext and a warning.
 
 use std::thread::scope;
 
@@ -10,7 +10,7 @@ fn connects_with_each_of_the_three_key_types() {
     let connects = |key_type| {
         let rds = LocalRds::builder().key_type(key_type).start().unwrap();
         demo(&with(&rds, &[])).succeeded();
-        // With both the whole bundle and the root, as an instance's own is one of many.
+        // The file for a real instance has many roots, and one of them is the instance's.
         let bundle = std::fs::read("ca-certificates/global-bundle.pem").unwrap();
         let both = file([bundle, std::fs::read(rds.roots()).unwrap()].concat());
         demo(&with(&rds, &[("DB_CA_CERT", both.to_str().unwrap())])).succeeded();
@@ -22,7 +22,7 @@ fn connects_with_each_of_the_three_key_types() {
     });
 }
 
-/// What a server that logs them says of the connections of this application.
+/// The lines in the log of [`PLAIN`] about the connections of this application.
 fn logged(application: &str) -> String {
     let name = format!("application_name={application}");
     let log = PLAIN.log().unwrap();

@@ -1,4 +1,4 @@
-//! Servers that do what no honest one does, and the record of what clients sent them.
+//! Servers that do what no honest server does, and that record what clients send.
 
 use std::future::Future;
 use std::net::Ipv4Addr;
@@ -18,7 +18,7 @@ use tokio::time::sleep;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::io::InspectReader;
 
-/// Where the fake servers live: a thread of its own, until the process ends.
+/// The runtime of the fake servers. Its thread runs until the process ends.
 static RUNTIME: LazyLock<Handle> = LazyLock::new(|| {
     let runtime = Builder::new_current_thread().enable_all().build().unwrap();
     let handle = runtime.handle().clone();
@@ -28,22 +28,22 @@ static RUNTIME: LazyLock<Handle> = LazyLock::new(|| {
 
 /// All that a client with `sslmode=require` sends in plaintext.
 pub const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
-/// What clients are told when a server asks for the password as it is.
+/// AuthenticationCleartextPassword: the server asks for the password itself.
 pub const CLEARTEXT_PASSWORD: &[u8] = b"R\0\0\0\x08\0\0\0\x03";
-/// The end of a log-in: authenticated, and ready for a query.
+/// The end of a log-in: AuthenticationOk, BackendKeyData and ReadyForQuery.
 pub const WELCOME: &[u8] = b"R\0\0\0\x08\0\0\0\0K\0\0\0\x0c\0\0\0\x01\0\0\0\x02Z\0\0\0\x05I";
 
-/// A connection whose incoming bytes are on record.
+/// A connection that records what it reads.
 pub type Wire = InspectReader<TcpStream, Box<dyn FnMut(&[u8]) + Send>>;
 
-/// A server on 127.0.0.1 that follows a script with each client, until the tests are over.
+/// A server on 127.0.0.1 that runs a script for each client, until the tests end.
 pub struct Fake {
     pub port: u16,
     heard: Arc<Mutex<Vec<Vec<u8>>>>,
 }
 
 impl Fake {
-    /// Errors of the script are ignored: a client may leave at any time.
+    /// Starts a server. It ignores errors of the script, because a client may leave at any time.
     pub fn new<F>(script: impl Fn(Wire) -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = std::io::Result<()>> + Send + 'static,
@@ -67,21 +67,21 @@ impl Fake {
         Self { port, heard }
     }
 
-    /// Whether a client has come.
+    /// Whether a client has connected.
     pub fn has_a_client(&self) -> bool {
         !self.heard.lock().unwrap().is_empty()
     }
 
-    /// All that each client has sent, once all of them are gone.
+    /// Waits until all clients have left, and returns all that each has sent.
     pub fn heard(&self) -> Vec<Vec<u8>> {
-        // Every connection holds the record, besides this and the listener.
+        // Every connection has a reference to the record, and so have the listener and `self`.
         let gone = || Arc::strong_count(&self.heard) == 2;
         eventually("all clients are gone", gone);
         self.heard.lock().unwrap().clone()
     }
 }
 
-/// A server that answers SSLRequest like this, and says no more.
+/// A server that sends this answer to SSLRequest, and then nothing.
 pub fn only_says(answer: &'static [u8]) -> Fake {
     Fake::new(move |mut wire| async move {
         startup(&mut wire).await?;
@@ -90,7 +90,7 @@ pub fn only_says(answer: &'static [u8]) -> Fake {
     })
 }
 
-/// A server that answers each client only after 15 s, as an express cluster that has paused.
+/// A relay to this port that answers each client only after 15 s, as an express cluster does when it wakes up.
 pub fn asleep(port: u16) -> Fake {
     Fake::new(move |mut wire| async move {
         sleep(Duration::from_secs(15)).await;
@@ -100,14 +100,14 @@ pub fn asleep(port: u16) -> Fake {
     })
 }
 
-/// Reads what comes until the client has had enough, and says no more.
+/// Reads until the client closes the connection, and sends nothing.
 pub async fn silence(mut wire: impl AsyncRead + Unpin) -> std::io::Result<()> {
     let mut buffer = [0; 1024];
     while wire.read(&mut buffer).await? > 0 {}
     Ok(())
 }
 
-/// Reads a message without a type, as SSLRequest and StartupMessage are, and returns its body.
+/// Reads SSLRequest or StartupMessage, which have no type, and returns the body.
 pub async fn startup(wire: &mut (impl AsyncRead + Unpin)) -> std::io::Result<Vec<u8>> {
     let length = wire.read_u32().await?;
     let mut body = vec![0; length as usize - 4];
@@ -115,12 +115,12 @@ pub async fn startup(wire: &mut (impl AsyncRead + Unpin)) -> std::io::Result<Vec
     Ok(body)
 }
 
-/// Reads any other message, and returns its type and body.
+/// Reads a message with a type, and returns the type and the body.
 pub async fn message(wire: &mut (impl AsyncRead + Unpin)) -> std::io::Result<(u8, Vec<u8>)> {
     Ok((wire.read_u8().await?, startup(wire).await?))
 }
 
-/// Reads SSLRequest, says yes, and is a TLS server from then on.
+/// Reads SSLRequest, answers yes, and accepts TLS.
 pub async fn tls<W: AsyncRead + AsyncWrite + Unpin>(
     mut wire: W,
     acceptor: &TlsAcceptor,
@@ -130,14 +130,14 @@ pub async fn tls<W: AsyncRead + AsyncWrite + Unpin>(
     acceptor.accept(wire).await
 }
 
-/// A TLS server with a certificate for [`ENDPOINT`], and the file of its root certificate.
+/// An acceptor of TLS with a certificate for [`ENDPOINT`], and the file of the root certificate.
 pub fn own_tls() -> (TlsAcceptor, TempPath) {
     let authority = Authority::new(KeyType::Ecc384).unwrap();
     let certificate = authority.issue(ENDPOINT, |_| {}).unwrap();
     (acceptor(&certificate), file(authority.root()))
 }
 
-/// A TLS server with this certificate.
+/// An acceptor of TLS with this certificate.
 pub fn acceptor(certificate: &ServerCertificate) -> TlsAcceptor {
     let chain = certificate.leaf.clone() + &certificate.subordinate;
     let chain = CertificateDer::pem_slice_iter(chain.as_bytes())
@@ -154,7 +154,7 @@ pub fn acceptor(certificate: &ServerCertificate) -> TlsAcceptor {
     TlsAcceptor::from(Arc::new(config))
 }
 
-/// A port that answers to TCP as a security group does, not at all: its backlog is full.
+/// A port that does not answer to TCP, as behind a security group: the backlog of the listener is full.
 pub fn black_hole() -> (u16, TcpListener, Vec<TcpStream>) {
     RUNTIME.block_on(async {
         let socket = TcpSocket::new_v4().unwrap();

@@ -1,4 +1,4 @@
-//! The program as a process, and what holds for every run of it.
+//! Runs the program as a process, and checks what must hold for every run.
 
 pub mod fake;
 pub mod page;
@@ -18,7 +18,7 @@ use tempfile::{NamedTempFile, TempPath};
 
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_tokio-postgres-rustls-rds-demo");
 
-/// Every keyword, with a value that it takes.
+/// Every keyword, with a value that the program accepts.
 pub const KEYWORDS: [(&str, &str); 19] = [
     ("user", "u"),
     ("password", "p"),
@@ -41,25 +41,25 @@ pub const KEYWORDS: [(&str, &str); 19] = [
     ("load_balance_hosts", "random"),
 ];
 
-/// An instance with the defaults of PostgreSQL 15 and later, for all tests that change nothing about it.
+/// An instance with the defaults of PostgreSQL 15 and later, for all tests that do not change the instance.
 pub static RDS: LazyLock<LocalRds> = LazyLock::new(|| builder().force_ssl(true).start().unwrap());
 
-/// One where TLS is not forced, and which logs who connects.
+/// An instance that does not force TLS, and logs who connects.
 pub static PLAIN: LazyLock<LocalRds> = LazyLock::new(|| {
     let builder = builder().force_ssl(false);
     builder.setting("log_connections", "on").start().unwrap()
 });
 
-/// One that speaks TLS 1.2 at most, as RDS does before PostgreSQL 16.
+/// An instance with TLS 1.2 at most, as RDS has it before PostgreSQL 16.
 pub static TLS_1_2: LazyLock<LocalRds> = LazyLock::new(|| {
     let builder = builder().setting("ssl_max_protocol_version", "TLSv1.2");
     builder.start().unwrap()
 });
 
-/// One for queries that wait for a lock, as all others of it do meanwhile.
+/// An instance for queries that wait for a lock. All other queries on it wait as well, so one test at a time has it.
 pub static LOCKED: LazyLock<Mutex<LocalRds>> = LazyLock::new(|| builder().start().unwrap().into());
 
-/// The options of an instance. All of these have the same certificate, as RSA keys take long to make.
+/// The options of an instance. All instances have the same certificate, because making RSA keys takes long.
 pub fn builder() -> Builder {
     static CERTIFICATE: LazyLock<(ServerCertificate, String)> = LazyLock::new(|| {
         let authority = Authority::new(KeyType::Rsa2048).unwrap();
@@ -69,10 +69,10 @@ pub fn builder() -> Builder {
     LocalRds::builder().certificate(&CERTIFICATE.0, &CERTIFICATE.1)
 }
 
-/// A variable and its value; a later one with the same name replaces an earlier one.
+/// A variable and its value. In a list, a later variable replaces an earlier one with the same name.
 pub type Var = (OsString, OsString);
 
-/// Variables, from text or other.
+/// A list of variables.
 pub fn vars<N: AsRef<OsStr>, V: AsRef<OsStr>>(all: impl IntoIterator<Item = (N, V)>) -> Vec<Var> {
     all.into_iter()
         .map(|(n, v)| (n.as_ref().to_owned(), v.as_ref().to_owned()))
@@ -97,7 +97,7 @@ pub fn changed(mut all: Vec<Var>, change: &[(&str, &str)]) -> Vec<Var> {
     all
 }
 
-/// A file with this content, for as long as the path to it is kept.
+/// A file with this content. Dropping the path deletes the file.
 pub fn file(content: impl AsRef<[u8]>) -> TempPath {
     let file = NamedTempFile::new().unwrap();
     std::fs::write(&file, content).unwrap();
@@ -111,13 +111,13 @@ pub struct Run {
     pub output: String,
 }
 
-/// Runs the program with these variables and no others, at `RUST_LOG=trace` unless they say
-/// otherwise. However it ends, it must end by itself, without panic, and keep the password.
+/// Runs the program with these variables and no others. `RUST_LOG` is `trace` unless the variables set it. The program
+/// must end by itself, must not panic, and must not print the password.
 pub fn demo(vars: &[Var]) -> Run {
     run_of(PROGRAM.as_ref(), vars)
 }
 
-/// The same with another program.
+/// Runs another program, as [`demo`] runs ours.
 pub fn run_of(program: &Path, vars: &[Var]) -> Run {
     let output = assert_cmd::Command::new(program)
         .env_clear()
@@ -148,17 +148,17 @@ pub fn run_of(program: &Path, vars: &[Var]) -> Run {
     run
 }
 
-/// Runs it with those of `rds`, but to this port, and with `change` on top.
+/// Runs the program with the variables of `rds`, with another port and with `change` on top.
 pub fn at(port: u16, rds: &LocalRds, change: &[(&str, &str)]) -> Run {
     demo(&changed(at_port(port, rds), change))
 }
 
-/// Those of `rds`, but to this port.
+/// The variables of `rds`, with another port.
 pub fn at_port(port: u16, rds: &LocalRds) -> Vec<Var> {
     with(rds, &[("PG.PORT", &port.to_string())])
 }
 
-/// To this host first, and then to [`RDS`].
+/// The variables for two hosts: first the one with this name and port on 127.0.0.1, then [`RDS`].
 pub fn then_the_good_one(name: &str, port: u16, limit: &str) -> Vec<Var> {
     let good = RDS.port();
     with(
@@ -172,7 +172,7 @@ pub fn then_the_good_one(name: &str, port: u16, limit: &str) -> Vec<Var> {
     )
 }
 
-/// The superuser's way in, over the Unix socket.
+/// How the superuser connects, over the Unix socket.
 pub fn admin_config(rds: &LocalRds) -> tokio_postgres::Config {
     let mut config = tokio_postgres::Config::new();
     config.host_path(rds.socket()).port(rds.port());
@@ -186,7 +186,7 @@ pub fn admin(rds: &LocalRds) -> Client {
     config.connect(postgres::NoTls).unwrap()
 }
 
-/// Waits until it is so, and no longer than a minute.
+/// Waits until the condition is true, and no longer than a minute.
 #[track_caller]
 pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     let start = Instant::now();
@@ -204,7 +204,7 @@ pub fn kill(signal: Signal, pid: i32) {
     kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
 }
 
-/// A server that has all the sessions it takes, for as long as these are open.
+/// A server with no free connection, until one of these sessions is closed.
 pub fn full() -> (LocalRds, [Client; 2]) {
     let rds = builder()
         .setting("max_connections", "4")
@@ -216,7 +216,7 @@ pub fn full() -> (LocalRds, [Client; 2]) {
     (rds, sessions)
 }
 
-/// A server that ends once this session has, and lets no other in.
+/// A server that is shutting down: it accepts no connection, and ends when this session is closed.
 pub fn shutting_down() -> (LocalRds, Client) {
     let rds = builder().start().unwrap();
     let session = admin(&rds);
@@ -228,10 +228,10 @@ pub fn shutting_down() -> (LocalRds, Client) {
     (rds, session)
 }
 
-/// Makes a server wait, when it starts again, until this file is gone.
+/// Makes a server wait, the next time it starts, until the returned file is deleted.
 pub fn waits_for_more_to_recover(rds: &LocalRds) -> PathBuf {
     let [waits, standby] = ["waits", "standby.signal"].map(|name| rds.socket().join(name));
-    // A standby asks this command for more to recover.
+    // A standby runs this command to get more to recover.
     let command = format!(
         "while test -e \"{}\"; do sleep 0.1; done; false",
         waits.display()
@@ -244,7 +244,7 @@ pub fn waits_for_more_to_recover(rds: &LocalRds) -> PathBuf {
     waits
 }
 
-/// Has something done with the variables of a server that is starting up.
+/// Calls `done` with the variables of a server while that server is starting up.
 pub fn while_it_starts<R>(done: impl FnOnce(&[Var]) -> R) -> R {
     let mut rds = builder().start().unwrap();
     let vars = with(&rds, &[]);
@@ -263,8 +263,8 @@ pub fn while_it_starts<R>(done: impl FnOnce(&[Var]) -> R) -> R {
     })
 }
 
-/// Runs the program up to its query, which waits for a lock; has something done to the server's
-/// process that it waits for; and returns how the run ended.
+/// Runs the program until its query waits for a lock. Then calls `done` with a session of the superuser and the server
+/// process that runs the query, and returns how the run ended.
 pub fn while_the_query_runs(
     rds: &LocalRds,
     limit: &str,
@@ -297,7 +297,7 @@ pub fn while_the_query_runs(
     run.join().unwrap()
 }
 
-/// Ends a session from the server's side.
+/// Has the server end a session.
 pub fn terminate(admin: &mut Client, pid: i32) {
     admin
         .query("SELECT pg_terminate_backend($1)", &[&pid])
@@ -305,7 +305,7 @@ pub fn terminate(admin: &mut Client, pid: i32) {
 }
 
 impl Run {
-    /// It has connected and logged the answer.
+    /// Asserts that the program has connected and logged the answer.
     #[track_caller]
     pub fn succeeded(&self) {
         assert_eq!(self.code, Some(0), "{}", self.output);
@@ -316,7 +316,7 @@ impl Run {
         );
     }
 
-    /// It has failed, and its error has all of these words in it.
+    /// Asserts that the program has failed, and that all of these words are in its error.
     #[track_caller]
     pub fn failed(&self, words: &[&str]) {
         assert_eq!(self.code, Some(1), "{}", self.output);
@@ -329,7 +329,7 @@ impl Run {
         }
     }
 
-    /// The error alone, without the log before it.
+    /// The error, without the log before it.
     #[track_caller]
     pub fn error(&self) -> &str {
         let start = self.output.find("Error: ");
