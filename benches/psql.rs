@@ -1,9 +1,9 @@
 //! The program beside `psql sslmode=verify-full`: the same server, roots and query, in pairs.
 //!
-//! Times are quoted as ratios: the machine's speed is in both halves of a pair. Round trips are
-//! counted by a relay, and sizes are what the operating system says of a process.
+//! Times are quoted as ratios: the machine's speed is in both halves of a pair. A relay counts the round trips.
 
 use std::fmt::Display;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -13,23 +13,15 @@ use local_rds::{LocalRds, Relay, psql};
 use wait4::Wait4;
 
 const QUERY: &str = "SELECT * FROM information_schema.information_schema_catalog_name";
-/// The first argument of this very program when it is to run another and measure it.
-const MEASURE: &str = "--measure-in-a-small-process";
 
-/// What a run took: seconds on the clock, seconds of CPU, and bytes of memory at its peak.
+/// What a run took: seconds on the clock, and seconds of CPU.
 #[derive(Clone, Copy)]
 struct Run {
     wall: f64,
     cpu: f64,
-    peak: f64,
 }
 
 fn main() -> Result<()> {
-    let mut args = std::env::args().skip(1);
-    if args.next().as_deref() == Some(MEASURE) {
-        return measure(args);
-    }
-
     let (release, dev) = (&build("release", &["--release"])?, &build("debug", &[])?);
 
     let rds = LocalRds::builder().start()?;
@@ -47,7 +39,7 @@ fn main() -> Result<()> {
     );
     println!(
         "size of the release build: {:.2} MiB\n",
-        mebibytes(std::fs::metadata(release)?.len() as f64)
+        std::fs::metadata(release)?.len() as f64 / f64::from(1 << 20)
     );
     line("median (least to most)", "program", "psql", "ratio");
 
@@ -60,14 +52,12 @@ fn main() -> Result<()> {
                     run(&psql, &["-XAtc", QUERY], &rds, file.path(), port, &[])?,
                 ])
             };
-            pair()?; // Not counted: the first has the programs to read from the disk.
+            pair()?; // Not counted: the first pair reads the programs from the disk.
             let all = (0..pairs).map(|_| pair()).collect::<Result<Vec<_>>>()?;
             let name = format!("{build}: wall, {round_trip} ms away (ms)");
             row(&name, &all, |run| run.wall * 1e3);
             if round_trip == 0 {
                 row(&format!("{build}: CPU (ms)"), &all, |run| run.cpu * 1e3);
-                let name = format!("{build}: peak memory (MiB)");
-                row(&name, &all, |run| mebibytes(run.peak));
             }
         }
     }
@@ -93,8 +83,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// The program as people build it: what Cargo builds for a bench has the features of
-/// dev-dependencies, too.
+/// Builds the program as people build it: what Cargo builds for a bench has the features of dev-dependencies, too.
 fn build(folder: &str, profile: &[&str]) -> Result<PathBuf> {
     let mut cargo = Command::new(env!("CARGO"));
     cargo.args(["build", "-q"]).args(profile);
@@ -109,7 +98,7 @@ fn line(name: &str, program: impl Display, psql: impl Display, ratio: &str) {
     println!("{name:<34}{program:>26}{psql:>26}{ratio:>22}");
 }
 
-/// One line of the table: of either program, and of their ratios pair by pair.
+/// A line of the table: the values of either program, and the ratios of the pairs.
 fn row(name: &str, pairs: &[[Run; 2]], value: impl Fn(&Run) -> f64) {
     let spread = |mut all: Vec<f64>, digits: usize| {
         all.sort_by(f64::total_cmp);
@@ -124,10 +113,6 @@ fn row(name: &str, pairs: &[[Run; 2]], value: impl Fn(&Run) -> f64) {
     line(name, of(0), of(1), &ratio);
 }
 
-fn mebibytes(bytes: f64) -> f64 {
-    bytes / f64::from(1 << 20)
-}
-
 /// Runs a program in an environment where it connects to `port` with these roots.
 fn run(
     program: &Path,
@@ -138,9 +123,8 @@ fn run(
     more: &[(&str, &str)],
 ) -> Result<Run> {
     let port = port.to_string();
-    let output = Command::new(std::env::current_exe()?)
-        .arg(MEASURE)
-        .arg(program)
+    let mut command = Command::new(program);
+    command
         .args(args)
         // Cargo's LD_LIBRARY_PATH would have both search for their libraries in its folders.
         .env_clear()
@@ -149,36 +133,17 @@ fn run(
         .envs([("PG.PORT", &port), ("PGPORT", &port)])
         .envs([("DB_CA_CERT", roots), ("PGSSLROOTCERT", roots)])
         .envs(more.iter().copied())
-        .output()?;
-    ensure!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    let text = String::from_utf8(output.stdout)?;
-    let [wall, cpu, peak] = *text
-        .split_whitespace()
-        .map(str::parse)
-        .collect::<Result<Vec<f64>, _>>()?
-    else {
-        anyhow::bail!("{text}")
-    };
-    Ok(Run { wall, cpu, peak })
-}
-
-/// A process inherits the peak of the one that starts it, so that one has to be small: not the
-/// bench with its threads and its relay, but this.
-fn measure(mut args: impl Iterator<Item = String>) -> Result<()> {
-    let mut command = Command::new(args.next().context("no program")?);
-    command
-        .args(args)
         .stdout(Stdio::null())
-        .stderr(Stdio::null());
+        .stderr(Stdio::piped());
     let start = Instant::now();
-    let used = command.spawn()?.wait4()?;
+    let mut process = command.spawn()?;
+    let used = process.wait4()?;
     let wall = start.elapsed().as_secs_f64();
-    ensure!(used.status.success(), "{command:?}: {}", used.status);
+    let mut errors = String::new();
+    let stderr = process.stderr.as_mut().context("no standard error")?;
+    stderr.read_to_string(&mut errors)?;
+    ensure!(used.status.success(), "{command:?}: {errors}");
     let cpu = used.rusage.utime + used.rusage.stime;
-    println!("{wall} {} {}", cpu.as_secs_f64(), used.rusage.maxrss);
-    Ok(())
+    let cpu = cpu.as_secs_f64();
+    Ok(Run { wall, cpu })
 }
