@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use crate::round_trips::STOCK_ROUND_TRIPS;
-use crate::support::page::{MORE_LOCKED, build, manifest, program, quoted, replaced, section};
+use crate::support::page::{build, manifest, program, quoted, replaced, section};
 use crate::support::{PLAIN, RDS, Run, at_port, changed, demo, file, run_of};
 use local_rds::{Authority, ENDPOINT, KeyType, Relay};
 use tempfile::TempPath;
@@ -85,7 +85,7 @@ struct HybridAlone {
 
 impl HybridAlone {
     fn new() -> Self {
-        let program = build("hybrid-alone", SERVER, SERVER_MANIFEST, MORE_LOCKED, &[]);
+        let program = build("hybrid-alone", SERVER, SERVER_MANIFEST, &[]);
         let authority = Authority::new(KeyType::Ecc384).unwrap();
         let certificate = authority.issue(ENDPOINT, |_| {}).unwrap();
         let chain = file(certificate.leaf + &certificate.subordinate);
@@ -123,7 +123,7 @@ fn with_the_changes_of_the_readme_it_connects_where_a_hybrid_group_is_required()
     let change = |text: &str, [old, new]: &[String; 2]| replaced(text, old, new);
     let program = change(&change(&program(), provider), first);
     let manifest = change(&manifest("post-quantum", ""), feature);
-    let copy = build("post-quantum", &program, &manifest, MORE_LOCKED, &[]);
+    let copy = build("post-quantum", &program, &manifest, &[]);
     let round_trips = |port: u16, run: &dyn Fn(u16) -> Run| {
         let relay = Relay::new(port, Duration::from_millis(50)).unwrap();
         run(relay.port()).succeeded();

@@ -3,7 +3,7 @@
 
 use crate::support::fake::{CLEARTEXT_PASSWORD, Fake, message, own_tls, startup, tls};
 use crate::support::page::{
-    MORE_LOCKED, between, build, example, manifest, new_project, program, replaced, section, take,
+    between, build, example, manifest, new_project, program, replaced, section, take,
 };
 use crate::support::service::dependencies;
 use crate::support::{RDS, builder, run_of, with};
@@ -160,7 +160,7 @@ fn with_the_code_of_the_page_it_logs_in_with_an_iam_token() {
     let [code, more] = ["```rust\n", "```toml\n"].map(|start| between(&section, start, "```"));
     let code = replaced(&example(), &take(&example(), "fresh_password"), code);
     let more = manifest("service-iam", &format!("{}{more}", dependencies()));
-    let program = build("service-iam", &code, &more, MORE_LOCKED, &[]);
+    let program = build("service-iam", &code, &more, &[]);
 
     let (acceptor, roots) = own_tls();
     let (heard, token) = std::sync::mpsc::channel();

@@ -96,13 +96,7 @@ pub fn take(code: &str, function: &str) -> String {
 /// A new project with this code and what the README says to copy from `Cargo.toml`, built as it says. A dependency
 /// of `more` takes the place of ours with the same name.
 pub fn new_project(name: &str, main: &str, more: &str) -> PathBuf {
-    build(
-        name,
-        main,
-        &manifest(name, more),
-        "Cargo.lock",
-        &["--offline"],
-    )
+    build(name, main, &manifest(name, more), &["--offline"])
 }
 
 /// The manifest of that project.
@@ -121,16 +115,14 @@ pub fn manifest(name: &str, more: &str) -> String {
     )
 }
 
-/// The lock file of the projects that need more than ours has.
-pub const MORE_LOCKED: &str = "tests/promises/more.lock";
-
-/// Builds a project with this code, this manifest and this lock file.
-pub fn build(name: &str, main: &str, manifest: &str, lock: &str, options: &[&str]) -> PathBuf {
+/// Builds a project with this code and this manifest, and with the versions in our `Cargo.lock`. Without `--offline`,
+/// Cargo adds the packages that are not in it, and changes the version of none that is.
+pub fn build(name: &str, main: &str, manifest: &str, options: &[&str]) -> PathBuf {
     let project = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     fs::create_dir_all(project.join("src")).unwrap();
     fs::write(project.join("src/main.rs"), main).unwrap();
     fs::write(project.join("Cargo.toml"), manifest).unwrap();
-    fs::copy(lock, project.join("Cargo.lock")).unwrap();
+    fs::copy("Cargo.lock", project.join("Cargo.lock")).unwrap();
     // A warning is an error where the compiler is one whose lints are known.
     let deny = ["--", "-D", "warnings"];
     let lints = std::env::var_os("DENY_WARNINGS").map_or(&[][..], |_| &deny);
