@@ -32,8 +32,8 @@ use crate::support::service::{
     most_sessions, sessions, start, tables, terminate_sessions, while_frozen,
 };
 use crate::support::{
-    RDS, Var, admin, at_port, builder, changed, eventually, file, kill, run_of, then_the_good_one,
-    with,
+    RDS, UNSET, Var, admin, at_port, builder, changed, eventually, file, kill, run_of,
+    then_the_good_one, with,
 };
 use local_rds::{ENDPOINT, Relay};
 use rustix::process::Signal;
@@ -62,7 +62,7 @@ fn as_it_is_it_starts_or_says_why_not() {
             with(&RDS, &[]),
             then_the_good_one(ENDPOINT, 1, "1"),
             then_the_good_one(ENDPOINT, *hole, "1"),
-            then_the_good_one(ENDPOINT, *hole, ""),
+            then_the_good_one(ENDPOINT, *hole, UNSET),
         ] {
             scope.spawn(move || {
                 let service = Service::new(&SERVICE, &vars);
@@ -107,7 +107,7 @@ fn as_it_is_it_starts_or_says_why_not() {
                 "/nonexistent",
                 "root certificates from /nonexistent",
             ),
-            ("DB_CA_CERT", "", "DB_CA_CERT is not set"),
+            ("DB_CA_CERT", UNSET, "DB_CA_CERT is not set"),
             (
                 "PASSWORD_FILE",
                 "hunter2",
@@ -896,7 +896,7 @@ fn a_fresh_password_is_read_for_each_new_connection() {
         &rds,
         &[
             ("PASSWORD_FILE", password.to_str().unwrap()),
-            ("PG.PASSWORD", ""),
+            ("PG.PASSWORD", UNSET),
         ],
     );
     let service = Service::new(&SERVICE, &vars);

@@ -6,7 +6,7 @@ use crate::support::page::{
     between, build, example, manifest, new_project, program, replaced, section, take,
 };
 use crate::support::service::dependencies;
-use crate::support::{RDS, builder, run_of, with};
+use crate::support::{RDS, UNSET, builder, run_of, with};
 use local_rds::ENDPOINT;
 use tokio::io::AsyncWriteExt;
 
@@ -182,7 +182,7 @@ fn with_the_code_of_the_page_it_logs_in_with_an_iam_token() {
         &[
             ("PG.PORT", &*port),
             ("PG.USER", "iam_user"),
-            ("PG.PASSWORD", ""),
+            ("PG.PASSWORD", UNSET),
             ("DB_CA_CERT", roots.to_str().unwrap()),
             ("AWS_REGION", "ca-central-1"),
             ("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE"),

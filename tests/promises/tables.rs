@@ -10,7 +10,8 @@ use crate::support::fake::{Fake, black_hole, only_says, own_tls, silence, startu
 use crate::support::page::{quoted, readme};
 use crate::support::service::SERVICE;
 use crate::support::{
-    KEYWORDS, RDS, Run, Var, at, builder, demo, file, full, run_of, vars, while_it_starts, with,
+    KEYWORDS, RDS, Run, UNSET, Var, at, builder, demo, file, full, run_of, vars, while_it_starts,
+    with,
 };
 use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, ServerCertificate};
 use rcgen::{
@@ -169,7 +170,7 @@ fn provoked() -> BTreeMap<&'static str, Run> {
         ("no answer within", at(silent.port, &[])),
         (
             "failed to lookup address information",
-            of(&[("PG.HOST", "gone.invalid:5432"), ("PG.HOSTADDR", "")]),
+            of(&[("PG.HOST", "gone.invalid:5432"), ("PG.HOSTADDR", UNSET)]),
         ),
         ("Connection refused", at(1, &[])),
         ("PG.HOST, which is not set", demo(&[])),
@@ -182,7 +183,7 @@ fn provoked() -> BTreeMap<&'static str, Run> {
         ),
         ("HandshakeFailure", demo(&with(&other_group, &[]))),
         ("invalid value for option", of(&[("PG.PORT", "x")])),
-        ("no pg_hba.conf entry", of(&[("DB_CA_CERT", "")])),
+        ("no pg_hba.conf entry", of(&[("DB_CA_CERT", UNSET)])),
         ("root certificates", of(&[("DB_CA_CERT", "/nonexistent")])),
         (
             "UnknownIssuer",
