@@ -18,7 +18,7 @@ use crate::support::fake::{
     CLEARTEXT_PASSWORD, Fake, WELCOME, Wire, asleep, black_hole, message, only_says, own_tls,
     silence, startup, tls,
 };
-use crate::support::page::{between, readme};
+use crate::support::page::{between, section};
 use crate::support::{
     LOCKED, PLAIN, RDS, Run, UNSET, admin, at, builder, demo, eventually, full, kill,
     shutting_down, terminate, then_the_good_one, waits_for_more_to_recover, while_it_starts,
@@ -165,7 +165,7 @@ fn every_fault_at_every_point_is_an_error_within_the_time_allowed() {
         run.failed(&[doing]);
     };
     let asleep = asleep(RDS.port()).port;
-    let page = readme();
+    let page = section("docs/rds.md", "Aurora with express configuration");
     let limit = between(&page, "env PG.CONNECT_TIMEOUT=", " ");
     scope(|scope| {
         // A database that wakes up is no error if the limit is as long as the README says.

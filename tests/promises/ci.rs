@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::support::page::readme;
+use crate::support::page::page;
 
 #[test]
 fn its_last_command_is_the_one_of_the_readme() {
@@ -14,7 +14,7 @@ fn its_last_command_is_the_one_of_the_readme() {
     );
     let block = format!("\n```sh\n{command}\n```\n");
     assert!(
-        readme().contains(&block),
+        page("README.md").contains(&block),
         "looked for the last line of .ci/run as a block of its own in README.md, and found none: {block:?}"
     );
 }

@@ -1,4 +1,4 @@
-//! A copy with the changes that the README lists connects to a server that takes a hybrid group alone.
+//! A copy with the changes that docs/rds.md lists connects to a server that takes a hybrid group alone.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -12,12 +12,12 @@ use tempfile::TempPath;
 
 /// The replacements in the order of the README's list, as old and new text: one in the manifest, two in the program.
 fn changes() -> Vec<[String; 2]> {
-    let section = section("Post-quantum key exchange");
+    let section = section("docs/rds.md", "Post-quantum key exchange");
     let items = section.lines().filter(|line| line.starts_with("- "));
     let quoted = items.map(quoted);
     let pairs = quoted.map(|quoted| match quoted[..] {
         [old, new] => [old.to_owned(), new.to_owned()],
-        _ => panic!("not one text and another: {quoted:?}"),
+        _ => panic!("docs/rds.md: an item of the list is to have one text and another: {quoted:?}"),
     });
     pairs.collect()
 }
@@ -116,9 +116,9 @@ impl Drop for HybridAlone {
 
 #[test]
 #[ignore = "builds AWS-LC, which takes half a minute"]
-fn with_the_changes_of_the_readme_it_connects_where_a_hybrid_group_is_required() {
+fn with_the_changes_of_the_page_it_connects_where_a_hybrid_group_is_required() {
     let [feature, provider, first] = &changes()[..] else {
-        panic!("three changes are in the list")
+        panic!("docs/rds.md: the list is to have three changes")
     };
     let change = |text: &str, [old, new]: &[String; 2]| replaced(text, old, new);
     let program = change(&change(&program(), provider), first);

@@ -142,7 +142,7 @@ async fn main() -> Result<()> {
 
 #[test]
 fn require_tls_alone_requires_it_of_a_config_from_a_connection_string() {
-    let page = section("Take it into your project");
+    let page = section("README.md", "Take it into your project");
     let imports = between(&page, "```rust\n", "```");
     let program = format!("{imports}{OWN}\n{}", take(&program(), "require_tls"));
     let copy = new_project("require-tls", &program, "");
@@ -197,7 +197,7 @@ fn require_tls_alone_requires_it_of_a_config_from_a_connection_string() {
 
 #[test]
 fn its_trick_is_in_the_program_word_for_word() {
-    let readme = crate::support::page::readme();
+    let readme = section("README.md", "The trick");
     let code = between(&readme, "```rust\n", "```");
     assert!(
         code.contains(".with_root_certificates(") && code.contains("SslMode::Require"),

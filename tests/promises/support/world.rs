@@ -1,4 +1,4 @@
-//! The servers that the README's commands are for, and what stands in for AWS's command line, DNS and a terminal.
+//! The servers that the commands of the pages are for, and what stands in for AWS's command line, DNS and a terminal.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::admin;
 use super::page::PROJECT;
-use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds};
+use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, PASSWORD};
 use tempfile::TempDir;
 
 /// The servers, and a folder to run the commands in.
@@ -84,7 +84,9 @@ impl World {
             ],
         );
         let psql = local_rds::psql().unwrap();
-        script("psql", &format!("exec '{}' \"$@\"", psql.display()));
+        // It asks the terminal for the password.
+        let psql = format!("PGPASSWORD={PASSWORD} exec '{}' \"$@\"", psql.display());
+        script("psql", &psql);
         let host = format!("127.0.0.1 {ENDPOINT}");
         only("getent", &[(format!("hosts {ENDPOINT}"), &host)]);
         script("stty", "case \"$*\" in -echo | echo) ;; *) exit 1 ;; esac");
@@ -103,7 +105,7 @@ impl World {
     }
 
     /// The addresses and ports of the server for this state; none if there is no server to connect to.
-    pub fn server(&self, state: &str, line: usize) -> (String, String) {
+    pub fn server(&self, state: &str, place: &str) -> (String, String) {
         let one = |port: u16| ("127.0.0.1".to_owned(), port.to_string());
         match state {
             "variables" => (String::new(), String::new()),
@@ -113,7 +115,9 @@ impl World {
                 let ports = format!("{},{}", self.reader.port(), self.writer.port());
                 ("127.0.0.1,127.0.0.1".to_owned(), ports)
             }
-            other => panic!("README.md:{line}: no such state: {other}"),
+            other => panic!(
+                "{place}: no such state: {other:?}. Write one of `World::server`, or add it there"
+            ),
         }
     }
 
