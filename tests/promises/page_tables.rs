@@ -25,7 +25,7 @@ use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, ServerCertific
 use rcgen::{
     BasicConstraints, CertificateParams, IsCa, KeyPair, PKCS_ECDSA_P384_SHA384, SigningKey,
 };
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempPath;
 use tokio::io::AsyncWriteExt;
 use x509_cert::certificate::{Certificate, Version};
@@ -422,29 +422,39 @@ fn log_of_one_on_a_standby() -> String {
 fn log_of_one_whose_sessions_are_killed() -> String {
     let rds = builder().start().unwrap();
     let service = Service::new(&COPY, &with(&rds, &[]));
-    let sleeps = "SELECT pg_sleep(60)::text";
-    let ask = || service.sql("typed", 10_000, sleeps);
-    // While the server's process runs the query, and while it has not read it.
-    for signal in [Signal::CONT, Signal::STOP] {
+    // All sessions end with one that is killed, and the server starts anew.
+    let is_killed_when = |first: Signal, asked: &dyn Fn()| {
         service.works(1);
-        scope(|scope| {
-            let [session] = sessions(&rds)[..] else {
-                panic!("more than one session")
-            };
-            kill(signal, session);
-            let asked = scope.spawn(ask);
-            let waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
-            match signal {
-                Signal::CONT => eventually("it runs", || {
-                    !admin(&rds).query(waiting, &[]).unwrap().is_empty()
-                }),
-                _ => sleep(Duration::from_secs(1)),
+        let sessions = sessions(&rds).into_iter();
+        let sessions: Vec<_> = sessions.filter_map(Pid::from_raw).collect();
+        let all = |signal| {
+            for session in &sessions {
+                _ = kill_process(*session, signal);
             }
-            kill(Signal::KILL, session);
-            asked.join().unwrap().unwrap_err();
+        };
+        all(first);
+        scope(|scope| {
+            let sleeps = || service.sql("typed", 10_000, "SELECT pg_sleep(60)::text");
+            let request = scope.spawn(sleeps);
+            asked();
+            all(Signal::KILL);
+            request.join().unwrap().unwrap_err();
         });
-        // All sessions end with one that is killed, and the server starts anew.
         service.failures();
+    };
+    // The server's process runs the query.
+    is_killed_when(Signal::CONT, &|| {
+        let waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
+        eventually("the query runs", || {
+            !admin(&rds).query(waiting, &[]).unwrap().is_empty()
+        });
+    });
+    // It is frozen, and has not read the query, if that was sent within the time.
+    for _ in 0..10 {
+        is_killed_when(Signal::STOP, &|| sleep(Duration::from_millis(500)));
+        if service.log().contains("Connection reset by peer") {
+            break;
+        }
     }
     service.log()
 }

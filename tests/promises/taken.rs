@@ -61,6 +61,8 @@ async fn query(mut client: Client) -> Result<()> {
     let rows = client.query(&select, &[&3]).await?;
     let sleep: f64 = env::var("SLEEP").unwrap_or("0".into()).parse()?;
     client.query_one("SELECT pg_sleep($1)", &[&sleep]).await.map_err(Mine)?;
+    let typed = [(&"typed parameter" as _, tokio_postgres::types::Type::TEXT)];
+    client.query_typed("SELECT $1", &typed).await?;
     for row in rows {
         let order = Order { id: row.try_get(0)?, name: row.try_get(1)? };
         info!("order {} is {}", order.id, order.name);
@@ -95,10 +97,16 @@ fn query_takes_a_transaction_and_several_queries_and_settings_take_a_field() {
     assert!(answer(run(&[])).contains("table: None"));
     let shown = answer(run(&[("TABLE", "orders")]));
     assert!(shown.contains(r#"table: Some("orders")"#));
-    // At debug, which people should know.
-    for words in [r#", table: Some("orders") }"#, "with parameters: [3]"] {
-        assert!(shown.contains(words), "no {words} in {shown}");
+    // What the page warns of, at debug.
+    let debug = answer(run(&[("TABLE", "orders"), ("RUST_LOG", "debug")]));
+    for words in [
+        r#", table: Some("orders") }"#,
+        "with parameters: [3]",
+        "SET work_mem = '8MB'",
+    ] {
+        assert!(debug.contains(words), "no {words} in {debug}");
     }
+    assert!(!debug.contains("typed parameter"), "{debug}");
 
     run(&[("SLEEP", "x")]).failed(&["querying", "invalid float literal"]);
     let [shorter, longer] = [("SLEEP", "2.5"), ("SLEEP", "60")];
@@ -125,14 +133,17 @@ fn query_takes_a_transaction_and_several_queries_and_settings_take_a_field() {
     });
 }
 
-/// A program that has a `Config` already, and connects with it.
+/// A program that has a `Config` already, and connects with it as the page says.
 const OWN: &str = r#"
+use std::time::Duration;
+use tokio::time::timeout;
+
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     let mut pg: Config = std::env::var("DATABASE_URL")?.parse()?;
     let roots = std::env::var("ROOTS")?;
-    let tls = require_tls(&mut pg, Path::new(&roots))?;
-    let (client, connection) = pg.connect(tls).await?;
+    let limit = Duration::from_secs(10);
+    CALL
     tokio::spawn(connection);
     let row = client.query_one("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()", &[]).await?;
     eprintln!("TLS: {}", row.get::<_, bool>(0));
@@ -144,7 +155,15 @@ async fn main() -> Result<()> {
 fn require_tls_alone_requires_it_of_a_config_from_a_connection_string() {
     let page = section("README.md", "Take it into your project");
     let imports = between(&page, "```rust\n", "```");
-    let program = format!("{imports}{OWN}\n{}", take(&program(), "require_tls"));
+    let (_, rest) = page.split_once(imports).unwrap();
+    let call = between(rest, "```rust\n", "```");
+    let call = replaced(
+        call,
+        r#"Path::new("global-bundle.pem")"#,
+        "Path::new(&roots)",
+    );
+    let own = replaced(OWN, "CALL", &call);
+    let program = format!("{imports}{own}\n{}", take(&program(), "require_tls"));
     let copy = new_project("require-tls", &program, "");
     // What the page says of URLs.
     for option in ["sslmode=verify-full", "sslrootcert=system"] {
