@@ -271,19 +271,20 @@ fn their_commands_give_their_outputs_in_bash_dash_and_zsh() {
 
 #[test]
 fn warnings_of_cargo_are_no_part_of_an_output() {
+    // As Cargo 1.100 prints them.
     let printed = "\
-warning: /project/Cargo.toml: unused manifest key: package.x
-warning: unused workspace dependency
-  --> Cargo.toml:52:1
+warning: unused workspace dependency `anyhow`
+  --> Cargo.toml:61:1
    |
-52 | anyhow = \"1.0\"
+61 | anyhow = \"1.0\"
    | ^^^^^^
    |
-   = note: it is set to `warn` by default
-help: remove it
-
+   = note: `cargo::unused_workspace_dependencies` is set to `warn` by default
+help: consider removing the workspace dependency `anyhow`
+warning: workspace (manifest) generated 1 warning
    Compiling x v0.1.0 (/project)
-warning: `x` (manifest) generated 1 warning
+warning: unused variable: `y`
+
     Finished `dev` profile
      Running `target/debug/x`
 Error: connecting
