@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use crate::service::log_of_a_bad_day;
 use crate::support::fake::{Fake, black_hole, only_says, own_tls, silence, startup, tls};
-use crate::support::page::{between, lines, page, quoted};
+use crate::support::page::{Line, between, example, lines, page, quoted};
 use crate::support::service::{
     COPY, SERVICE, Service, sessions, tables as make_tables, terminate_sessions,
 };
@@ -25,6 +25,7 @@ use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, ServerCertific
 use rcgen::{
     BasicConstraints, CertificateParams, IsCa, KeyPair, PKCS_ECDSA_P384_SHA384, SigningKey,
 };
+use regex::Regex;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempPath;
 use tokio::io::AsyncWriteExt;
@@ -40,16 +41,20 @@ struct Row {
     cells: Vec<String>,
 }
 
-/// The rows of the table under a heading of a page.
+/// The rows of the tables under a heading of a page.
 #[track_caller]
 fn table(path: &str, heading: &str) -> Vec<Row> {
     let page = page(path);
-    let rows = lines(&page).into_iter();
-    let rows = rows.filter(|line| line.section == heading && line.text.starts_with('|'));
-    // The first two are the head.
+    let lines = lines(&page);
+    let is_rule = |line: &Line| line.text.starts_with("|---");
+    // A head is what stands above a rule.
+    let is_head = |nth: usize| lines.get(nth + 1).is_some_and(is_rule);
+    let rows = lines.iter().enumerate().filter(|(nth, line)| {
+        let is_row = line.section == heading && line.text.starts_with('|');
+        is_row && !is_rule(line) && !is_head(*nth)
+    });
     let rows: Vec<_> = rows
-        .skip(2)
-        .map(|line| Row {
+        .map(|(_, line)| Row {
             place: format!("{path}:{}", line.number),
             cells: line
                 .text
@@ -133,6 +138,66 @@ fn its_table_of_settings_has_all_that_are_accepted_with_values_that_are() {
         unknown.is_empty(),
         "README.md: the program has no settings {unknown:?}: take them out of the table"
     );
+}
+
+/// How the page writes a time.
+fn time(code: &str) -> String {
+    let factors = |unit: &str| {
+        let code = code.strip_prefix(&format!("Duration::from_{unit}("))?;
+        let factors = code.strip_suffix(')')?.split(" * ");
+        Some(
+            factors
+                .map(|factor| factor.parse::<f64>().unwrap())
+                .product::<f64>(),
+        )
+    };
+    match (factors("secs"), factors("millis")) {
+        (Some(secs), _) if secs >= 60.0 => format!("{} min", secs / 60.0),
+        (Some(secs), _) => format!("{secs} s"),
+        (_, Some(millis)) => format!("{} s", millis / 1000.0),
+        _ => code.to_owned(),
+    }
+}
+
+#[test]
+fn the_tables_of_the_service_have_its_limits_and_what_it_shows() {
+    let code = example();
+    let limits = Regex::new(r"(?m)^const (\w+): (?:usize|Duration) = (.+);").unwrap();
+    let limits = limits.captures_iter(&code).map(|found| found.extract().1);
+    let mut limits: BTreeMap<_, _> = limits
+        .map(|[name, value]| (name.to_owned(), time(value)))
+        .collect();
+    // As PostgreSQL is told them.
+    let options = Regex::new(r"-c (\w+)=(\d+)(m?s)").unwrap();
+    for (_, [name, value, unit]) in options.captures_iter(&code).map(|found| found.extract()) {
+        let value: f64 = value.parse().unwrap();
+        let seconds = if unit == "ms" { value / 1000.0 } else { value };
+        limits.insert(name.to_owned(), format!("{seconds} s"));
+    }
+    let late = limits.remove("RETRY_DELAY");
+    let late = format!(
+        "is reported {} late",
+        late.expect("RETRY_DELAY in the service")
+    );
+    assert!(
+        page("examples/README.md").contains(&late),
+        "examples/README.md: no {late:?}: correct the page, or the test"
+    );
+    for Row { place, cells } in table("examples/README.md", "Limits") {
+        if let Some(limit) = limits.remove(quoted(&cells[0]).first().copied().unwrap_or_default()) {
+            assert_eq!(limit, cells[1], "{place}: write the limit of the service");
+        }
+    }
+    assert!(
+        limits.is_empty(),
+        "examples/README.md: no row for {limits:?} under \"## Limits\": add one"
+    );
+
+    let shown = between(&code, "const SHOWN: [&str; 6] = [", "];");
+    let shown: BTreeSet<_> = shown.split('"').skip(1).step_by(2).collect();
+    let Row { place, cells } = table("examples/README.md", "Try it").remove(0);
+    let listed = BTreeSet::from_iter(quoted(&cells[1]));
+    assert_eq!(shown, listed, "{place}: list what the service shows");
 }
 
 /// Servers with certificates that are not like those of RDS, as people make them with openssl: one of
@@ -367,6 +432,7 @@ fn services_that_do_not_start() -> BTreeMap<&'static str, String> {
     let limited = builder().start().unwrap();
     let limit = "ALTER ROLE postgres CONNECTION LIMIT 0";
     admin(&limited).batch_execute(limit).unwrap();
+    let no_file = [("PASSWORD_FILE", "/nonexistent")];
     BTreeMap::from([
         (
             "Timeout occurred while creating a new object",
@@ -378,6 +444,7 @@ fn services_that_do_not_start() -> BTreeMap<&'static str, String> {
         ),
         ("too many connections for role", ends(&with(&limited, &[]))),
         ("the database system is starting up", while_it_starts(ends)),
+        ("getting a password for", ends(&with(&RDS, &no_file))),
         (
             "unsupported startup parameter",
             ends(&at_pooler(&pooler(PGBOUNCER_OPTIONS))),
