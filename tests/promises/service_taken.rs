@@ -1,4 +1,4 @@
-//! What people take from `examples/service.rs`, as the README says: its dependencies, its `Database` for a program of
+//! What people take from `examples/service.rs`, as its page says: its dependencies, its `Database` for a program of
 //! their own, and code to put in place of some of it.
 
 use crate::support::fake::{CLEARTEXT_PASSWORD, Fake, message, own_tls, startup, tls};
@@ -122,11 +122,11 @@ fn the_database_of_another_program_panics_neither_outside_the_runtime_nor_at_its
         .split_once("/// A pool of connections over TLS")
         .unwrap();
     // As the page says for RDS Proxy and PgBouncer.
-    let section = section("Take it into your project");
+    let section = section("examples/README.md", "Behind a pooler");
     let first = "let limits";
     let last = between(
         &section,
-        &format!("Delete the lines from `{first}` to `"),
+        &format!("delete the lines from `{first}` to `"),
         "`",
     );
     let lines: Vec<_> = database.split_inclusive('\n').collect();
@@ -156,7 +156,7 @@ fn the_database_of_another_program_panics_neither_outside_the_runtime_nor_at_its
 #[test]
 #[ignore = "builds the AWS SDK, which takes minutes"]
 fn with_the_code_of_the_page_it_logs_in_with_an_iam_token() {
-    let section = section("IAM tokens");
+    let section = section("docs/rds.md", "IAM tokens");
     let [code, more] = ["```rust\n", "```toml\n"].map(|start| between(&section, start, "```"));
     let code = replaced(&example(), &take(&example(), "fresh_password"), code);
     let more = manifest("service-iam", &format!("{}{more}", dependencies()));

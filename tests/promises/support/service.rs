@@ -78,7 +78,7 @@ async fn sql(
 }
 "#;
 
-/// The service as the README says to take it, with that handler.
+/// The service as its page says to take it, with that handler.
 pub static COPY: LazyLock<PathBuf> = LazyLock::new(|| {
     let route = r#".route("/settings/{name}", get(setting))"#;
     let more = format!("{route}\n.route(\"/sql/{{form}}/{{limit}}\", axum::routing::post(sql))");
@@ -86,10 +86,10 @@ pub static COPY: LazyLock<PathBuf> = LazyLock::new(|| {
     new_project("service-copy", &code, dependencies())
 });
 
-/// The dependencies that the README adds.
+/// The dependencies that its page adds.
 pub fn dependencies() -> &'static str {
     static LINES: LazyLock<String> = LazyLock::new(|| {
-        let section = section("Take it into your project");
+        let section = section("examples/README.md", "Take it into your project");
         between(&section, "```toml\n", "```").to_owned()
     });
     &LINES
