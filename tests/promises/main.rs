@@ -4,6 +4,7 @@ mod any_input;
 mod bad_input;
 mod broken_servers;
 mod ci;
+mod container;
 mod dns;
 mod failover;
 mod goodbye;

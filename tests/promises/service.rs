@@ -29,7 +29,8 @@ use crate::support::fake::{Fake, WELCOME, black_hole, own_tls, silence, startup,
 use crate::support::page::{example, new_project, replaced};
 use crate::support::service::{
     COPY, MINUTE, SERVICE, SESSIONS, SIZE, Service, callers, dependencies, end, keepalives,
-    most_sessions, sessions, start, tables, terminate_sessions, while_frozen,
+    most_sessions, no_more_sessions_than_clients, sessions, start, tables, terminate_sessions,
+    while_frozen,
 };
 use crate::support::{
     RDS, UNSET, Var, admin, at_port, builder, changed, eventually, file, kill, run_of,
@@ -401,8 +402,10 @@ fn queries_past_their_limit_are_cancelled() {
         eventually("each has ended", || cancelled() + lost() >= nth * SIZE);
         assert!(cancelled() > lost(), "{}", rds.log().unwrap());
         // A cancel request that comes late would hit the next request in the same session.
-        let after = sessions(&rds);
-        assert!(after.len() <= SIZE && after.iter().all(|pid| !before.contains(pid)));
+        eventually("their sessions have ended", || {
+            sessions(&rds).iter().all(|pid| !before.contains(pid))
+        });
+        no_more_sessions_than_clients(&rds);
     }
     // Its limit is the one that it is given.
     let longer = service.sql("typed", 500, "SELECT pg_sleep(0.8)::text");
@@ -485,7 +488,7 @@ fn requests_cancelled_at_any_point_do_no_harm() {
         }
     }
     service.works(2 * SIZE);
-    assert!(sessions(&rds).len() <= SIZE);
+    no_more_sessions_than_clients(&rds);
     // What a cancelled transaction has inserted is rolled back, or was committed before.
     let open = "SELECT FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'";
     eventually("no transaction is open", || {
@@ -505,9 +508,7 @@ fn frozen_sessions_cost_one_failed_request_each_at_most() {
         }
         service.works(3 * SIZE);
     });
-    eventually("no more sessions than clients", || {
-        sessions(&rds).len() <= SIZE
-    });
+    no_more_sessions_than_clients(&rds);
 }
 
 #[test]
@@ -550,7 +551,7 @@ fn terminated_sessions_and_a_server_that_restarts_are_replaced() {
     rds.restart().unwrap();
     assert!(service.failures() <= SIZE);
     service.works(2 * SIZE);
-    assert!(sessions(&rds).len() <= SIZE);
+    no_more_sessions_than_clients(&rds);
 }
 
 #[test]
@@ -586,7 +587,7 @@ fn a_writer_that_turns_read_only_costs_each_client_one_failed_request_and_then_h
         Err(500)
     );
     service.works(2 * SIZE);
-    assert!(sessions(&rds).iter().all(|pid| before.contains(pid)));
+    assert_eq!(sessions(&rds), before);
     let read_only = |on: &str| {
         let mut admin = admin(&rds);
         let sql = format!("ALTER SYSTEM SET default_transaction_read_only = {on}");
@@ -825,7 +826,7 @@ fn an_error_costs_no_connection_and_leaves_nothing_behind() {
             assert_eq!(count(), "0", "{form}");
         }
     }
-    assert!(sessions(&rds).len() <= SIZE);
+    no_more_sessions_than_clients(&rds);
     service
         .sql("transaction", 5000, "SELECT 'done'::text")
         .unwrap();

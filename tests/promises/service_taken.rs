@@ -88,6 +88,16 @@ fn main() -> Result<()> {
             .await
         })??;
         eprintln!("one: {one}");
+        // The pool has as many clients as it is told, whatever machine it is on.
+        let pid = async || {
+            let queries = async |client: &mut Client| {
+                let row = client.query_typed_one("SELECT pg_backend_pid()", &[]).await?;
+                anyhow::Ok(row.try_get::<_, i32>(0)?)
+            };
+            database.run(WAIT_LIMIT, queries).await
+        };
+        let (first, second) = runtime.block_on(async { tokio::join!(pid(), pid()) });
+        eprintln!("the same session: {}", first? == second?);
         // Late, and then dropped after the runtime.
         let late = runtime.block_on(database.run(Duration::ZERO, async |client| {
             Ok::<_, Mine>(client.batch_execute(SLEEP).await?)
@@ -141,6 +151,7 @@ fn the_database_of_another_program_panics_neither_outside_the_runtime_nor_at_its
     assert_eq!(run.code, Some(0), "{}", run.output);
     for (words, count) in [
         ("one: 1", 2),
+        ("the same session: true", 2),
         ("late: no answer within 0ns", 2),
         ("again: 2", 2),
     ] {

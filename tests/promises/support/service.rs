@@ -259,12 +259,20 @@ impl Drop for Service {
 }
 
 pub const SESSIONS: &str = "SELECT pid FROM pg_stat_activity
-    WHERE usename = 'postgres' AND backend_type = 'client backend'";
+    WHERE usename = 'postgres' AND backend_type = 'client backend' ORDER BY pid";
 
 /// The processes of the service's sessions on the server.
 pub fn sessions(rds: &LocalRds) -> Vec<i32> {
     let rows = admin(rds).query(SESSIONS, &[]).unwrap();
     rows.iter().map(|row| row.get(0)).collect()
+}
+
+/// Waits until no session is left but those of the pool: the server may just be ending some others.
+#[track_caller]
+pub fn no_more_sessions_than_clients(rds: &LocalRds) {
+    eventually("no more sessions than clients", || {
+        sessions(rds).len() <= SIZE
+    });
 }
 
 pub fn terminate_sessions(rds: &LocalRds) {
