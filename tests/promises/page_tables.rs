@@ -2,24 +2,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
-use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex};
-use std::thread::{scope, sleep, spawn};
+use std::process::Command;
+use std::thread::{scope, sleep};
 use std::time::Duration;
 
-use crate::service::log_of_a_bad_day;
+use crate::service::{log_of_a_bad_day, log_of_one_with_few_files};
 use crate::support::fake::{Fake, black_hole, only_says, own_tls, silence, startup, tls};
 use crate::support::page::{Line, between, example, lines, page, quoted};
-use crate::support::service::{
-    COPY, SERVICE, Service, sessions, tables as make_tables, terminate_sessions,
-};
+use crate::support::service::{COPY, SERVICE, Service, sessions, tables as make_tables};
 use crate::support::{
-    KEYWORDS, LOCKED, PROGRAM, RDS, Run, UNSET, Var, admin, at, builder, changed, demo, eventually,
-    file, full, kill, run_of, vars, while_it_starts, while_the_query_runs, with,
+    KEYWORDS, LOCKED, PROGRAM, RDS, Run, UNSET, Var, admin, at, builder, demo, eventually, file,
+    full, kill, run_of, vars, while_it_starts, while_the_query_runs, with,
 };
 use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, ServerCertificate};
 use rcgen::{
@@ -524,54 +518,6 @@ fn log_of_one_whose_sessions_are_killed() -> String {
         }
     }
     service.log()
-}
-
-/// It may have so few files open that its callers take all of them, and none is left for a connection.
-fn log_of_one_with_few_files() -> String {
-    let rds = builder().start().unwrap();
-    // sh drops variables with a dot in their name.
-    let vars = with(&rds, &[]).into_iter().map(|(name, value)| {
-        let name = name.to_str().unwrap().replace("PG.", "PG__");
-        (name.into(), value)
-    });
-    let vars = changed(vars.collect(), &[("LISTEN", "127.0.0.1:0")]);
-    let mut process = Command::new("sh")
-        .args(["-c", "ulimit -n 24; exec \"$0\""])
-        .arg::<&Path>(SERVICE.as_ref())
-        .env_clear()
-        .envs(vars)
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let log = Arc::new(Mutex::new(String::new()));
-    let lines = BufReader::new(process.stderr.take().unwrap()).lines();
-    spawn({
-        let log = Arc::clone(&log);
-        move || {
-            for line in lines.map_while(Result::ok) {
-                *log.lock().unwrap() += &(line + "\n");
-            }
-        }
-    });
-    let log = || log.lock().unwrap().clone();
-    eventually("it listens", || log().contains("listening on http://"));
-    let address = between(&log(), "listening on http://", ",").to_owned();
-    let connect = || TcpStream::connect(&address).unwrap();
-    let mut caller = connect();
-    let idle = [(); 40].map(|()| connect());
-    eventually("it has no file left", || {
-        // The place of a connection is soon taken by a caller.
-        terminate_sessions(&rds);
-        sleep(Duration::from_millis(300));
-        let ask = "GET /settings/port HTTP/1.1\r\nHost: localhost\r\n\r\n";
-        caller.write_all(ask.as_bytes()).unwrap();
-        assert_ne!(caller.read(&mut [0; 4096]).unwrap(), 0, "{}", log());
-        log().contains("Too many open files")
-    });
-    drop(idle);
-    process.kill().unwrap();
-    process.wait().unwrap();
-    log()
 }
 
 #[test]
