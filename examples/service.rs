@@ -335,8 +335,8 @@ impl Database {
 
     /// Returns a client to the pool if its session is idle and of use, or else closes it.
     async fn reset_or_close(&self, client: Client, idle_limit: Duration) {
-        // The answer comes after those to all queries before it. In an open transaction, `BEGIN` only
-        // writes a warning into the server's log, and `ROLLBACK` ends it. In a failed one, it is an error.
+        // Queued behind everything sent before. In an open transaction it rolls back, in a failed one it
+        // errors. Without `BEGIN`, `ROLLBACK` would write a warning into the server's log each time.
         const RESET: &str = "BEGIN; SHOW transaction_read_only; ROLLBACK";
         let is_usable = {
             let mut answer = pin!(client.simple_query(RESET));
@@ -349,11 +349,11 @@ impl Database {
                         if let Err(error) = token.cancel_query(self.tls.clone()).await {
                             debug!("cancelling a query: {:#}", anyhow!(error));
                         }
-                        // Until then its session would be one more than the pool has clients.
+                        // Closing it earlier would free its place while the query still runs.
                         _ = answer.await;
                     };
-                    // A pooler may pass no cancel request, and a frozen server does not hear it. Shorter
-                    // than `WAIT_LIMIT`, so that a request that waits for this place still gets it.
+                    // A pooler may pass no cancel request on, and a server that hangs does not answer.
+                    // Shorter than `WAIT_LIMIT`: a request that waits for this place still gets it.
                     _ = timeout(Duration::from_millis(400), cancel).await;
                     // Not used again: the cancel request may come late, and hit the next query.
                     false
@@ -377,9 +377,10 @@ fn is_read_only(messages: &[SimpleQueryMessage]) -> bool {
 }
 
 /// Holds the client of a request. Dropping the future of a query does not stop the query: the server
-/// goes on, and the client's next query waits behind it. So if the request is late, cancelled or failed,
-/// this is dropped with the client in it, which then keeps its place in the pool until its session is
-/// idle or closed. Else each such request would cost the server a session more, until it lets no one in.
+/// goes on, and the client's next query waits behind it. So when a request is late, cancelled or failed,
+/// the guard is dropped with the client in it, and the client keeps its place in the pool until its
+/// session is reset or closed. Otherwise each such request would leave one more session on the server,
+/// until the server accepts no more.
 struct Guard {
     client: Option<Client>,
     /// How long the session may take to become idle by itself.
@@ -414,7 +415,7 @@ impl Connect for Connector {
             match password_within_limit(&pg).await {
                 Ok(Some(password)) => _ = pg.password(password),
                 Ok(None) => {}
-                // The server refuses the password of the settings if it is not the right one.
+                // `PG.PASSWORD` is tried, if it is set: the server refuses a wrong one.
                 Err(error) => error!("{error:#}"),
             }
             let connected = pg.connect(self.tls.clone()).await;
