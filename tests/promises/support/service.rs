@@ -223,12 +223,14 @@ impl Service {
 #[track_caller]
 pub fn end(process: &mut Child, signal: Signal) -> ExitStatus {
     kill(signal, process.id() as i32);
+    let start = Instant::now();
     let mut status = None;
-    eventually("it has ended", || {
+    while status.is_none() && start.elapsed() < MINUTE {
+        sleep(Duration::from_millis(20));
         status = process.try_wait().unwrap();
-        status.is_some()
-    });
-    status.unwrap()
+    }
+    let _ = process.kill();
+    status.expect("it ends within a minute")
 }
 
 pub const MINUTE: Duration = Duration::from_secs(60);
