@@ -68,7 +68,7 @@ fn main() -> Result<()> {
         .with_ansi(io::stderr().is_terminal())
         .with_writer(io::stderr)
         .init();
-    let settings = Settings::from_env().context("reading PG.* and DB_CA_CERT")?;
+    let settings = Settings::from_env().context("reading settings from the environment")?;
     debug!("{settings:?}");
     let runtime = Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(serve(settings));
@@ -529,7 +529,7 @@ impl Settings {
             (false, _, "direct") => bail!("PG.SSLNEGOTIATION=direct needs DB_CA_CERT"),
             (false, "" | "disable" | "prefer", _) => "disable",
             (true, "" | "require" | "verify-full", _) => "require",
-            _ => bail!("PG.SSLMODE must be require or verify-full with DB_CA_CERT, else disable"),
+            _ => bail!("without DB_CA_CERT, PG.SSLMODE must be disable; with it, require"),
         };
         vars.insert("pg.sslmode".into(), mode.into());
         let vars = config::Environment::default().source(Some(vars));

@@ -26,7 +26,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 
 fn main() -> Result<()> {
     env_logger::init_from_env(env_logger::Env::default().default_filter_or("info"));
-    let mut settings = Settings::from_env().context("reading PG.* and DB_CA_CERT")?;
+    let mut settings = Settings::from_env().context("reading settings from the environment")?;
     debug!("{settings:?}");
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let result = if let Some(roots) = &settings.db_ca_cert {
@@ -154,7 +154,7 @@ impl Settings {
             (false, _, "direct") => bail!("PG.SSLNEGOTIATION=direct needs DB_CA_CERT"),
             (false, "" | "disable" | "prefer", _) => "disable",
             (true, "" | "require" | "verify-full", _) => "require",
-            _ => bail!("PG.SSLMODE must be require or verify-full with DB_CA_CERT, else disable"),
+            _ => bail!("without DB_CA_CERT, PG.SSLMODE must be disable; with it, require"),
         };
         vars.insert("pg.sslmode".into(), mode.into());
         let vars = config::Environment::default().source(Some(vars));

@@ -2,7 +2,18 @@
 
 use std::fs;
 
-use crate::support::page::page;
+use crate::support::page::{between, page};
+
+#[test]
+fn the_readme_asks_for_the_rust_that_the_manifest_declares() {
+    let manifest = fs::read_to_string("Cargo.toml").unwrap();
+    let version = between(&manifest, "rust-version = \"", "\"");
+    let words = format!("[Rust](https://rustup.rs) {version} or later");
+    assert!(
+        page("README.md").contains(&words),
+        "no {words:?} in README.md"
+    );
+}
 
 #[test]
 fn its_last_command_is_the_one_of_the_readme() {

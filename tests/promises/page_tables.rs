@@ -22,7 +22,7 @@ use rcgen::{
 use regex::Regex;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempPath;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use x509_cert::certificate::{Certificate, Version};
 use x509_cert::der::asn1::BitString;
 use x509_cert::der::pem::LineEnding;
@@ -349,8 +349,24 @@ fn provoked() -> BTreeMap<&'static str, Run> {
     });
     let [proxy_token, proxy_password] =
         [PROXY_TOKEN, PROXY_PASSWORD].map(|words| demo(&at_pooler(&pooler(words))));
+    // As one that does not know direct TLS.
+    let closes = Fake::new(|mut wire| async move {
+        assert_ne!(wire.read(&mut [0; 1024]).await?, 0);
+        Ok(())
+    });
     BTreeMap::from([
         ("connection timed out", at(*hole, &[])),
+        (
+            "tls handshake eof",
+            at(closes.port, &[("PG.SSLNEGOTIATION", "direct")]),
+        ),
+        ("password missing", of(&[("PG.PASSWORD", UNSET)])),
+        ("no hostname provided", of(&[("PG.HOST", UNSET)])),
+        ("number of hosts", of(&[("PG.HOST", "a,b")])),
+        (
+            "without DB_CA_CERT, PG.SSLMODE must be disable",
+            of(&[("DB_CA_CERT", UNSET), ("PG.SSLMODE", "verify-full")]),
+        ),
         ("connection closed", killed),
         ("Connection reset by peer", at(resets.port, &[])),
         ("connecting to … no answer within", at(silent.port, &[])),

@@ -135,16 +135,11 @@ fn query_takes_a_transaction_and_several_queries_and_settings_take_a_field() {
 
 /// A program that has a `Config` already, and connects with it as the page says.
 const OWN: &str = r#"
-use std::time::Duration;
-use tokio::time::timeout;
-
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     let mut pg: Config = std::env::var("DATABASE_URL")?.parse()?;
     let roots = std::env::var("ROOTS")?;
-    let limit = Duration::from_secs(10);
     CALL
-    tokio::spawn(connection);
     let row = client.query_one("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()", &[]).await?;
     eprintln!("TLS: {}", row.get::<_, bool>(0));
     Ok(())
