@@ -58,15 +58,17 @@ const RETRY_DELAY: Duration = Duration::from_millis(200);
 const QUERY_LIMIT: Duration = Duration::from_secs(4);
 /// A connection that is older is replaced when it is next used.
 const MAX_LIFETIME: Duration = Duration::from_secs(30 * 60);
-/// For the requests that run when the service is told to end.
-const SHUTDOWN_LIMIT: Duration = Duration::from_secs(10);
+/// For the requests that run when the service is told to end. Docker ends it by force after 10 s.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(9);
 
 fn main() -> Result<()> {
     let filter = EnvFilter::builder().with_default_directive(LevelFilter::INFO.into());
+    // In a thread: no request waits for a log that nobody reads.
+    let (writer, _until_the_end) = tracing_appender::non_blocking(io::stderr());
     tracing_subscriber::fmt()
         .with_env_filter(filter.from_env().context("reading RUST_LOG")?)
         .with_ansi(io::stderr().is_terminal())
-        .with_writer(io::stderr)
+        .with_writer(writer)
         .init();
     let settings = Settings::from_env().context("reading settings from the environment")?;
     debug!("{settings:?}");
@@ -91,6 +93,7 @@ async fn serve(settings: Settings) -> Result<()> {
         .route("/settings/{name}", get(setting))
         // It does not ask the database, or else a load balancer would stop all instances in an outage.
         .route("/healthz", get(async || "ok"))
+        // For the routes above: one that is added below is not in the log.
         .layer(from_fn_with_state(database.clone(), log_failures))
         .with_state(database);
     let (stop, stopped) = oneshot::channel::<()>();
@@ -184,7 +187,7 @@ enum Error {
     Query(#[from] tokio_postgres::Error),
 }
 
-/// For the log, not for the caller.
+/// Why a request has failed, for `log_failures` and not for the caller.
 #[derive(Clone)]
 struct Cause(String);
 
@@ -197,12 +200,14 @@ impl IntoResponse for Error {
             Self::Query(error) if is_lost(error) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Query(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
-        let cause = Cause(format!("{:#}", anyhow!(self)));
+        let cause = format!("{:#}", anyhow!(self));
+        // Without the lines of DETAIL, which show rows. No caller can write a line of the log.
+        let cause = Cause(cause.lines().next().unwrap_or_default().to_owned());
         (status, Extension(cause), status.to_string()).into_response()
     }
 }
 
-/// The connection has ended while it waited, as when the server restarts.
+/// The connection has ended before the answer, as when the server restarts.
 fn is_lost(error: &tokio_postgres::Error) -> bool {
     let severity = error.as_db_error().and_then(DbError::parsed_severity);
     error.is_closed() || severity == Some(Severity::Fatal)
@@ -234,7 +239,7 @@ struct Database {
 #[derive(Debug, thiserror::Error)]
 enum Unavailable {
     #[error("no connection")]
-    NoConnection(#[source] PoolError),
+    NoConnection(#[source] anyhow::Error),
     #[error("no answer within {0:?}")]
     NoAnswer(Duration),
 }
@@ -244,14 +249,14 @@ impl Database {
         let tls = require_tls(&mut pg, roots)?;
         let server: Arc<str> = target(&pg).into();
         let read_write = pg.get_target_session_attrs() == TargetSessionAttrs::ReadWrite;
-        // For TCP to each address. Without it, a host that is down would take the time of the others.
+        // For TCP to each address. Without it, a host that is down would use up the time of the others.
         let tcp_limit = *pg.get_connect_timeout().unwrap_or(&Duration::from_secs(2));
         pg.connect_timeout(tcp_limit);
         // As long for each host, and once more for DNS, TLS and the log-in.
         let hosts = pg.get_hosts().len().max(pg.get_hostaddrs().len());
         let connect_limit = tcp_limit.saturating_mul(hosts as u32 + 1);
-        // AWS forgets a connection that is silent for 350 s. It also finds a server that is gone before
-        // a request does. By default, the first probe is sent after two hours.
+        // AWS forgets a connection that is silent for 350 s, and the default is two hours. Keep-alive also
+        // finds out that a server is gone before a request does.
         let idle = pg.get_keepalives_idle().min(Duration::from_secs(60));
         let interval = pg.get_keepalives_interval();
         let retries = pg.get_keepalives_retries();
@@ -314,23 +319,28 @@ impl Database {
         match &result {
             // Back into the pool.
             Ok(_) => drop(guard.client.take()),
-            // Most likely the session is idle, and only the way to a server far away takes time.
+            // Most likely the session is idle, and only a server far away takes time to say so.
             Err(_) => guard.idle_limit = Duration::from_secs(1),
         }
         result
     }
 
-    async fn client(&self) -> Result<Client, PoolError> {
+    async fn client(&self) -> Result<Client> {
         let (send, receive) = oneshot::channel();
         let (pool, server) = (self.pool.clone(), self.server.clone());
         // In a task: a connection that comes too late for its request serves the next one.
         tokio::spawn(async move {
-            if let Err(Err(error)) = send.send(pool.get().await) {
+            let client = pool.get().await.map_err(|error| match error {
+                // deadpool's error would say the same once more.
+                PoolError::Backend(error) => anyhow!(error),
+                error => anyhow!(error),
+            });
+            if let Err(Err(error)) = send.send(client) {
                 // The request is gone, and logs nothing.
-                warn!("{server}: no connection: {:#}", anyhow!(error));
+                warn!("{server}: no connection: {error:#}");
             }
         });
-        receive.await.unwrap_or(Err(PoolError::Closed))
+        receive.await?
     }
 
     /// Returns a client to the pool if its session is idle and of use, or else closes it.

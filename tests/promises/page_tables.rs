@@ -13,7 +13,7 @@ use crate::support::page::{Line, between, example, lines, page, quoted};
 use crate::support::service::{COPY, SERVICE, Service, sessions, tables as make_tables};
 use crate::support::{
     KEYWORDS, LOCKED, PROGRAM, RDS, Run, UNSET, Var, admin, at, builder, demo, eventually, file,
-    full, kill, run_of, vars, while_it_starts, while_the_query_runs, with,
+    full, kill, run_of, shutting_down, vars, while_it_starts, while_the_query_runs, with,
 };
 use local_rds::{Authority, ENDPOINT, IAM_USER, KeyType, LocalRds, ServerCertificate};
 use rcgen::{
@@ -443,6 +443,11 @@ fn services_that_do_not_start() -> BTreeMap<&'static str, String> {
     let limit = "ALTER ROLE postgres CONNECTION LIMIT 0";
     admin(&limited).batch_execute(limit).unwrap();
     let no_file = [("PASSWORD_FILE", "/nonexistent")];
+    let read_only = [
+        ("PG.TARGET_SESSION_ATTRS", "read-write"),
+        ("PG.OPTIONS", "-c default_transaction_read_only=on"),
+    ];
+    let (stopping, _session) = shutting_down();
     BTreeMap::from([
         (
             "Timeout occurred while creating a new object",
@@ -454,6 +459,18 @@ fn services_that_do_not_start() -> BTreeMap<&'static str, String> {
         ),
         ("too many connections for role", ends(&with(&limited, &[]))),
         ("the database system is starting up", while_it_starts(ends)),
+        (
+            "the database system is shutting down",
+            ends(&with(&stopping, &[])),
+        ),
+        (
+            "database does not allow writes",
+            ends(&with(&RDS, &read_only)),
+        ),
+        (
+            "listening on LISTEN",
+            ends(&with(&RDS, &[("LISTEN", "3000")])),
+        ),
         ("getting a password for", ends(&with(&RDS, &no_file))),
         (
             "unsupported startup parameter",
@@ -475,11 +492,17 @@ fn services_that_run() -> BTreeMap<&'static str, String> {
         "cached plan must not change result type",
         "canceling statement due to statement timeout",
         "terminating connection due to administrator command",
+        "Connection could not be recycled",
+        "idle-in-transaction timeout",
     ];
     let mut logs: BTreeMap<_, _> = words.map(|words| (words, log.clone())).into();
     logs.insert("read-only transaction", log_of_one_on_a_standby());
     let log = log_of_one_whose_sessions_are_killed();
-    for words in ["connection closed", "Connection reset by peer"] {
+    for words in [
+        "connection closed",
+        "Connection reset by peer",
+        "peer closed connection without sending TLS close_notify",
+    ] {
         logs.insert(words, log.clone());
     }
     logs.insert("Too many open files", log_of_one_with_few_files());
@@ -493,6 +516,7 @@ fn log_of_one_on_a_standby() -> String {
     let service = Service::new(&COPY, &with(&standby, &[]));
     let insert = "INSERT INTO half_way VALUES (1) RETURNING i::text";
     assert_eq!(service.sql("typed", 4000, insert), Err(500));
+    eventually("it is logged", || service.log().contains("read-only"));
     service.log()
 }
 

@@ -3,10 +3,10 @@
 
 use crate::support::fake::{CLEARTEXT_PASSWORD, Fake, message, own_tls, startup, tls};
 use crate::support::page::{
-    between, build, example, manifest, new_project, program, replaced, section, take,
+    between, build, example, manifest, new_project, program, quoted, replaced, section, take,
 };
-use crate::support::service::dependencies;
-use crate::support::{RDS, UNSET, builder, run_of, with};
+use crate::support::service::{Service, dependencies};
+use crate::support::{RDS, UNSET, admin, builder, run_of, with};
 use local_rds::ENDPOINT;
 use tokio::io::AsyncWriteExt;
 
@@ -211,6 +211,43 @@ fn with_the_code_of_the_page_it_logs_in_with_an_iam_token() {
     ] {
         assert!(token.contains(part), "{token}");
     }
+}
+
+#[test]
+fn the_handler_of_the_page_stores_a_note_and_has_a_status_of_its_own() {
+    let section = section("examples/README.md", "Take it into your project");
+    let handler = between(&section, "```rust\n", "```");
+    let line = |start: &str| {
+        let item = section.lines().find(|line| line.starts_with(start));
+        let item = item.unwrap_or_else(|| panic!("no {start:?} in examples/README.md"));
+        quoted(item).pop().unwrap()
+    };
+    let code = [
+        ("        .layer(", line("- Add its route above")),
+        (
+            "            Self::Query(_)",
+            line("- For a status of its own"),
+        ),
+    ];
+    let code = code.iter().fold(example(), |code, (below, line)| {
+        replaced(&code, below, &format!("{line}\n{below}"))
+    });
+    let program = new_project("service-notes", &(code + handler), dependencies());
+    let rds = builder().start().unwrap();
+    let table = "SET ROLE postgres; CREATE TABLE notes (name text PRIMARY KEY, text text)";
+    admin(&rds).batch_execute(table).unwrap();
+    let service = Service::new(&program, &with(&rds, &[]));
+    let store = |note: &str| {
+        let url = format!("http://{}/notes", service.address);
+        let agent = ureq::Agent::config_builder().http_status_as_error(false);
+        let agent = agent.build().new_agent();
+        let request = agent.post(url).header("Content-Type", "application/json");
+        request.send(note).unwrap().status().as_u16()
+    };
+    let note = r#"{"name": "one", "text": "first"}"#;
+    assert_eq!([note, note, "{}"].map(store), [201, 409, 422]);
+    let stored = admin(&rds).query("SELECT FROM notes", &[]).unwrap();
+    assert_eq!(stored.len(), 1);
 }
 
 #[test]
