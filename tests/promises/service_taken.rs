@@ -1,12 +1,14 @@
 //! What people take from `examples/service.rs`, as its page says: its dependencies, its `Database` for a program of
 //! their own, and code to put in place of some of it.
 
+use std::path::Path;
+
 use crate::support::fake::{CLEARTEXT_PASSWORD, Fake, message, own_tls, startup, tls};
 use crate::support::page::{
     between, build, example, manifest, new_project, program, quoted, replaced, section, take,
 };
 use crate::support::service::{Service, dependencies};
-use crate::support::{RDS, UNSET, admin, builder, run_of, with};
+use crate::support::{RDS, UNSET, admin, builder, changed, run_of, with};
 use local_rds::ENDPOINT;
 use tokio::io::AsyncWriteExt;
 
@@ -202,6 +204,27 @@ fn with_the_code_of_the_page_it_logs_in_with_an_iam_token() {
     );
     run_of(&program, &vars).failed(&["asking"]);
     let token = token.recv().unwrap();
+    // The name of the host, without a region or with two hosts, is in the error.
+    let making = format!("getting a password for {ENDPOINT}:{port}");
+    let no_region = [("AWS_REGION", UNSET), ("AWS_EC2_METADATA_DISABLED", "true")];
+    run_of(&program, &changed(vars.clone(), &no_region))
+        .failed(&[&making, "making an IAM token: AWS_REGION is not set"]);
+    let two = format!("{ENDPOINT},{ENDPOINT}");
+    let two = [("PG.HOST", &*two), ("PG.HOSTADDR", "127.0.0.1,127.0.0.1")];
+    run_of(&program, &changed(vars, &two))
+        .failed(&[ENDPOINT, "making an IAM token: PG.HOST must be one host"]);
+    // With their default features, AWS's crates would bring these, which have advisories.
+    let lock = Path::new(env!("CARGO_TARGET_TMPDIR")).join("service-iam/Cargo.lock");
+    let lock = std::fs::read_to_string(lock).unwrap();
+    assert!(lock.contains("name = \"aws-sdk-rds\""));
+    for (name, old) in [
+        ("rustls", "0.21."),
+        ("rustls-webpki", "0.101."),
+        ("h2", "0.3."),
+    ] {
+        let package = format!("name = \"{name}\"\nversion = \"{old}");
+        assert!(!lock.contains(&package), "{name} {old} is in the lock file");
+    }
     let start = format!("{ENDPOINT}:{port}/?Action=connect&DBUser=iam_user&");
     assert!(token.starts_with(&start), "{token}");
     for part in [
