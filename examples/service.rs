@@ -51,8 +51,8 @@ const CLIENTS: usize = 4;
 const WAIT_LIMIT: Duration = Duration::from_millis(500);
 /// For reading `PASSWORD_FILE` or making a token, within the time for connecting.
 const PASSWORD_LIMIT: Duration = Duration::from_secs(3);
-/// How much later a failed attempt to connect is reported. Without it, a server that refuses would be
-/// asked thousands of times a second.
+/// The pause after a failed attempt to connect. Without it, a server that refuses would be asked
+/// thousands of times a second.
 const RETRY_DELAY: Duration = Duration::from_millis(200);
 /// For the queries of a request.
 const QUERY_LIMIT: Duration = Duration::from_secs(4);
@@ -63,7 +63,7 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_secs(9);
 
 fn main() -> Result<()> {
     let filter = EnvFilter::builder().with_default_directive(LevelFilter::INFO.into());
-    // In a thread: no request waits for a log that nobody reads.
+    // A thread writes the log, so that no request waits for a log that nobody reads.
     let (writer, _until_the_end) = tracing_appender::non_blocking(io::stderr());
     tracing_subscriber::fmt()
         .with_env_filter(filter.from_env().context("reading RUST_LOG")?)
@@ -93,7 +93,7 @@ async fn serve(settings: Settings) -> Result<()> {
         .route("/settings/{name}", get(setting))
         // It does not ask the database, or else a load balancer would stop all instances in an outage.
         .route("/healthz", get(async || "ok"))
-        // For the routes above: one that is added below is not in the log.
+        // Logs the failures of the routes above, and of none below.
         .layer(from_fn_with_state(database.clone(), log_failures))
         .with_state(database);
     let (stop, stopped) = oneshot::channel::<()>();
@@ -113,7 +113,7 @@ async fn serve(settings: Settings) -> Result<()> {
 async fn start(settings: Settings) -> Result<(Database, TcpListener)> {
     let roots = settings.db_ca_cert.context("DB_CA_CERT is not set")?;
     password_within_limit(&settings.pg).await?;
-    // In a thread: where the file is a FIFO, reading it may wait for ever.
+    // In a thread, as reading a file that is a FIFO may wait for ever.
     let database = spawn_blocking(move || Database::new(settings.pg, &roots)).await?;
     let database = database.context("reading the file of DB_CA_CERT")?;
     let ask = async |client: &mut Client| anyhow::Ok(client.batch_execute("SELECT").await?);
@@ -231,7 +231,7 @@ struct Database {
     pool: Pool,
     tls: MakeRustlsConnect,
     server: Arc<str>,
-    /// Whether a session that is read-only is of no use.
+    /// Whether a session must be able to write.
     read_write: bool,
 }
 

@@ -168,14 +168,14 @@ fn the_tables_of_the_service_have_its_limits_and_what_it_shows() {
         let seconds = if unit == "ms" { value / 1000.0 } else { value };
         limits.insert(name.to_owned(), format!("{seconds} s"));
     }
-    let late = limits.remove("RETRY_DELAY");
-    let late = format!(
-        "is reported {} late",
-        late.expect("RETRY_DELAY in the service")
+    let pause = limits.remove("RETRY_DELAY");
+    let pause = format!(
+        "the service pauses for {}",
+        pause.expect("RETRY_DELAY in the service")
     );
     assert!(
-        page("examples/README.md").contains(&late),
-        "examples/README.md: no {late:?}: correct the page, or the test"
+        page("examples/README.md").contains(&pause),
+        "examples/README.md: no {pause:?}: correct the page, or the test"
     );
     for Row { place, cells } in table("examples/README.md", "Limits") {
         if let Some(limit) = limits.remove(quoted(&cells[0]).first().copied().unwrap_or_default()) {
