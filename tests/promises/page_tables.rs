@@ -7,7 +7,9 @@ use std::process::Command;
 use std::thread::{scope, sleep};
 use std::time::Duration;
 
-use crate::service::{log_of_a_bad_day, log_of_one_with_few_files};
+use crate::service::{
+    log_of_a_bad_day, log_of_one_with_an_open_transaction, log_of_one_with_few_files,
+};
 use crate::support::fake::{Fake, black_hole, only_says, own_tls, silence, startup, tls};
 use crate::support::page::{Line, between, example, lines, page, quoted};
 use crate::support::service::{COPY, SERVICE, Service, sessions, tables as make_tables};
@@ -493,10 +495,13 @@ fn services_that_run() -> BTreeMap<&'static str, String> {
         "canceling statement due to statement timeout",
         "terminating connection due to administrator command",
         "Connection could not be recycled",
-        "idle-in-transaction timeout",
     ];
     let mut logs: BTreeMap<_, _> = words.map(|words| (words, log.clone())).into();
     logs.insert("read-only transaction", log_of_one_on_a_standby());
+    logs.insert(
+        "idle-in-transaction timeout",
+        log_of_one_with_an_open_transaction(),
+    );
     let log = log_of_one_whose_sessions_are_killed();
     for words in [
         "connection closed",
